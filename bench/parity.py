@@ -1,0 +1,103 @@
+"""Same checkpoint, pairs, order and settings, here and in TRL: is every step's loss the same?
+
+    pip install -r bench/requirements.txt
+    python bench/parity.py                    compares, prints both losses of each step and their relative difference
+    python bench/parity.py --record           also writes TRL's losses to tests/trl_losses.json, which a test holds us to
+
+The toy checkpoint, its first 128 pairs, 8 steps of 16, float32, constant learning rate.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "tests" / "trl_losses.json"
+STEPS, BATCH, LR = 8, 16, 1e-4
+OBJECTIVES = {"simpo": {"beta": 10.0, "gamma_beta_ratio": 0.3}, "dpo": {"beta": 0.1}}
+
+
+def write_pairs(path: Path) -> list[dict]:
+    """The first pairs of the toy as message lists, in file order."""
+    lines = (ROOT / "toy" / "train.jsonl").read_text().splitlines()[: STEPS * BATCH]
+    pairs = []
+    for record in map(json.loads, lines):
+        prompt = [{"role": "user", "content": record["prompt"]}]
+        pairs.append({key: prompt + [{"role": "assistant", "content": record[key]}] for key in ("chosen", "rejected")})
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
+
+
+def our_losses(objective: str, folder: Path) -> list[float]:
+    """Losses of `train.py`, step by step."""
+    write_pairs(folder / "pairs.jsonl")
+    flags = {"objective": objective, "model": ROOT / "toy" / "checkpoint", "data": folder / "pairs.jsonl", "batch_size": BATCH, "lr": LR,
+             "schedule": "constant", "warmup_ratio": 0, "device": "cpu", "out": folder / objective, **OBJECTIVES[objective]}  # fmt: skip
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    subprocess.run([sys.executable, ROOT / "train.py", *arguments], check=True, capture_output=True)
+    return [json.loads(line)["loss"] for line in (folder / objective / "metrics.jsonl").read_text().splitlines()]
+
+
+def trl_losses(objective: str, folder: Path) -> list[float]:
+    """Losses of TRL's trainer, fed the pairs in the order in which `train.py` takes them."""
+    import datasets
+    import transformers
+    import trl
+    from torch.utils.data import SequentialSampler
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    sys.path.insert(0, str(ROOT))
+    from data import batches
+
+    pairs = write_pairs(folder / "pairs.jsonl")
+    [order] = [sum((step.tolist() for step in batches(len(pairs), BATCH, epochs=1, seed=42)), [])]
+    dataset = datasets.Dataset.from_list([pairs[i] for i in order])
+    checkpoint = ROOT / "toy" / "checkpoint"
+    common = {"output_dir": str(folder / "trl"), "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": LR,
+              "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
+              "max_length": 1024, "gradient_checkpointing": False, "weight_decay": 0.0, "max_grad_norm": 1.0}  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.pad_token = tokenizer.eos_token
+    beta = OBJECTIVES[objective]["beta"]
+    if objective == "simpo":
+        gamma = OBJECTIVES[objective]["gamma_beta_ratio"] * beta
+        settings, base = CPOConfig(**common, loss_type="simpo", cpo_alpha=0.0, beta=beta, simpo_gamma=gamma), CPOTrainer
+    else:
+        settings, base = trl.DPOConfig(**common, beta=beta), trl.DPOTrainer
+
+    class InOrder(base):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    trainer = InOrder(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help=f"write TRL's losses to {RECORD.relative_to(ROOT)}")
+    flags = parser.parse_args()
+    record, worst = {}, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for objective in OBJECTIVES:
+            ours, theirs = our_losses(objective, Path(folder)), trl_losses(objective, Path(folder))
+            record[objective] = theirs
+            print(f"{objective}: step, train.py, TRL, relative difference")
+            for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
+                worst = max(worst, abs(a - b) / abs(b))
+                print(f"  {step}  {a:.7f}  {b:.7f}  {abs(a - b) / abs(b):.1e}")
+    if flags.record:
+        import trl
+
+        RECORD.write_text(json.dumps({"trl": trl.__version__, "losses": record}, indent=2) + "\n")
+    print(f"largest relative difference: {worst:.1e}")
+    sys.exit(worst > 1e-4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,588 @@
+"""From a file of preferences to packed micro-batches: record → conversation → tokens → stream.
+
+    read_records     a file, folder or hub data set     →  (where, record)          where = "pairs.jsonl:17", for errors
+    parse_record     a record in any known format       →  Example                  prompt and responses, as text
+    Tokenizer.encode an Example                         →  Tree                     token ids of prompt and responses
+    plan             the lengths of a step's trees      →  micro-batches per rank   who computes what
+    pack             the trees of one micro-batch       →  a stream without padding (`model.Llama.forward` takes it)
+
+Decisions about tokens, each of which some trainer got wrong at some time:
+
+* One BOS. A template that renders it is believed; the tokenizer is never asked to add a second one.
+* The prompt ends with the generation prompt. The response is what the model would have to generate after it: the
+  content and the end-of-turn token, nothing behind that, even where the template goes on with a newline.
+* Prompt and response are encoded apart: no merge crosses the boundary, so the prompt is the same for every response.
+* A long prompt is cut at its start but keeps BOS and, being at the end, the generation prompt; a response that then does
+  not fit is cut at its end. What was cut or dropped is counted. No empty response ever reaches a loss.
+* The template comes with the checkpoint, from strangers: it runs in jinja2's immutable sandbox.
+"""
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+
+Messages = list[dict]  # [{"role": "user", "content": "…"}, …]
+
+
+class DataError(ValueError):
+    """Data, a tokenizer or a template that cannot be used; the message names file, line and field."""
+
+
+class Example(NamedTuple):
+    """One prompt and the responses to it (chosen, rejected; or one, for SFT), as text."""
+
+    prompt: str | Messages
+    responses: tuple[str, ...]
+    where: str
+
+
+class Tree(NamedTuple):
+    """The same in token ids, int32; every response continues the prompt."""
+
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files → records
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
+
+
+def local_path(name: str, kind: str, patterns: Iterable[str] = ("*",)) -> Path:
+    """What the user named, as a path here: a path that exists, or a hub id `owner/name` with optional `@revision`
+    that is downloaded (only files that match `patterns`) into huggingface_hub's cache. kind: "model" or "dataset"."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or name.endswith(SUFFIXES):
+        raise DataError(f"{name}: no such file or folder")
+    import huggingface_hub
+    import huggingface_hub.errors as hub
+
+    url = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=list(patterns)))
+    except hub.GatedRepoError:
+        raise DataError(f"{name}: gated on the hub: accept its terms at {url}, then run `hf auth login`") from None
+    except hub.RepositoryNotFoundError:
+        raise DataError(f"{name}: no such file or folder here, and no such {kind} on the hub (or private: `hf auth login`)") from None
+    except hub.RevisionNotFoundError:
+        raise DataError(f"{name}: the {kind} has no revision {revision!r} on the hub") from None
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise DataError(f"{name}: no such file or folder here, and the hub cannot be reached ({reason}); download it where "
+                        f"there is a network and pass the folder") from None  # fmt: skip
+
+
+def data_files(name: str) -> list[Path]:
+    """The files that `--data` names: one file, all data files of a folder, or `owner/name[:split][@revision]` on the hub."""
+    if Path(name).exists() or ":" not in name:
+        split, root = None, name
+    else:
+        head, _, revision = name.partition("@")
+        root, _, split = head.partition(":")
+        root += f"@{revision}" if revision else ""
+    wanted = [f"*{split or ''}*{suffix}" for suffix in SUFFIXES]
+    path = local_path(root, "dataset", wanted)
+    if path.is_file():
+        return [path]
+    of_split = re.compile(rf"(^|[-_./]){re.escape(split)}([-_./]|$)" if split else "")
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES) and of_split.search(str(f.relative_to(path))))
+    if not files:
+        raise DataError(f"{name}: no {', '.join(SUFFIXES)} file" + (f" of split {split!r}" if split else "") + f" in {path}")
+    return files
+
+
+def read_records(name: str) -> Iterator[tuple[str, dict]]:
+    """Every record of `name` with its place, in file order. Raises DataError naming file and line."""
+    for path in data_files(name):
+        try:
+            for where, record in _read_file(path):
+                if not isinstance(record, dict):
+                    raise DataError(f"{where}: expected an object, not {type(record).__name__}")
+                yield where, record
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+            raise DataError(f"{path}: cannot be read: {e}") from None
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, object]]:
+    if path.name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            row = 0
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(1024):
+                    for record in batch.to_pylist():
+                        row += 1
+                        yield f"{path} row {row}", record
+        except (pyarrow.ArrowException, OSError) as e:
+            raise DataError(f"{path}: not a whole parquet file: {e}") from None
+    elif path.name.endswith(".json"):
+        records = _parse_json(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(records, list):
+            raise DataError(f"{path}: expected a JSON list of records")
+        for i, record in enumerate(records, 1):
+            yield f"{path} record {i}", record
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
+    else:
+        raise DataError(f"{path}: not one of {', '.join(SUFFIXES)}")
+
+
+def _parse_json(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: not JSON: {e}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records → examples
+
+ASSISTANT_MARK = "\n\nAssistant:"  # HH-RLHF's transcripts
+
+
+class Dropped(Exception):
+    """A sound record that cannot teach anything; the argument says why. Counted, never an error."""
+
+
+def parse_record(record: dict, where: str, paired: bool = True) -> tuple[str, Example]:
+    """(name of the format recognised, example). Formats of pairs:
+
+    messages      chosen, rejected: message lists that both hold the prompt (UltraFeedback)
+    explicit      prompt + chosen + rejected: strings, or message lists
+    transcripts   chosen, rejected: strings that share a prompt up to the last "\\n\\nAssistant:" (HH-RLHF)
+    candidates    prompt + responses + scores: the best against the worst
+
+    and, with `paired=False` (SFT), of single responses: `messages` that end with the assistant's, `prompt` +
+    `completion`, or the chosen response of a pair. Raises DataError for a malformed record, Dropped for a useless one."""
+    has = {key for key, value in record.items() if value is not None}
+    if not paired and ("messages" in has or {"prompt", "completion"} <= has):
+        if "messages" in has:
+            kind, (prompt, response) = "messages", _split_messages(record["messages"], where, "messages")
+        else:
+            kind, prompt, response = "completions", check_prompt(record["prompt"], where), _response(record["completion"], where, "completion")
+        if not response.strip():
+            raise Dropped("an empty response")
+        return kind, Example(prompt, (response,), where)
+
+    if {"prompt", "responses", "scores"} <= has and "chosen" not in has:
+        kind, example = "candidates", _from_candidates(record, where)
+    else:
+        for key in ("chosen", "rejected"):
+            if key not in has:
+                raise DataError(f"{where}: no {key!r} field; expected chosen and rejected, or prompt, responses and scores")
+        chosen, rejected = record["chosen"], record["rejected"]
+        if type(chosen) is not type(rejected):
+            raise DataError(f"{where}: chosen is a {type(chosen).__name__} and rejected a {type(rejected).__name__}")
+        if isinstance(chosen, list) and len(chosen) > 1:
+            kind, example = "messages", _from_messages(chosen, rejected, where)
+        elif "prompt" in has:
+            responses = _response(chosen, where, "chosen"), _response(rejected, where, "rejected")
+            kind, example = "explicit", Example(check_prompt(record["prompt"], where), responses, where)
+        elif isinstance(chosen, str):
+            kind, example = "transcripts", _from_transcripts(chosen, rejected, where)
+        else:
+            raise DataError(f"{where}: no 'prompt' field, and chosen holds no prompt either")
+    chosen, rejected = example.responses
+    if not chosen.strip() or not rejected.strip():
+        raise Dropped("an empty response")
+    if chosen == rejected:
+        raise Dropped("chosen equal to rejected")
+    return kind, example if paired else example._replace(responses=(chosen,))
+
+
+def _messages(value: object, where: str, field: str) -> Messages:
+    """Checked: a non-empty list of {"role": str, "content": str}; other keys are left out."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: {field}: expected a list of messages")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(f"{where}: {field}[{i}]: expected a message with role and content as strings")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def check_prompt(value: object, where: str, field: str = "prompt") -> str | Messages:
+    return value if isinstance(value, str) else _messages(value, where, field)
+
+
+def _response(value: object, where: str, field: str) -> str:
+    """A response as a string, or as a list of one assistant message."""
+    if isinstance(value, str):
+        return value
+    messages = _messages(value, where, field)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise DataError(f"{where}: {field}: expected one assistant message")
+    return messages[0]["content"]
+
+
+def _split_messages(value: object, where: str, field: str) -> tuple[Messages, str]:
+    messages = _messages(value, where, field)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: {field}: expected a prompt and then one assistant message at the end")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _from_messages(chosen: object, rejected: object, where: str) -> Example:
+    prompt, chosen = _split_messages(chosen, where, "chosen")
+    other, rejected = _split_messages(rejected, where, "rejected")
+    if prompt != other:
+        raise DataError(f"{where}: chosen and rejected answer different prompts (they may differ in the last message only)")
+    return Example(prompt, (chosen, rejected), where)
+
+
+def _from_transcripts(chosen: str, rejected: str, where: str) -> Example:
+    cut = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT_MARK)
+    if cut < 0:
+        raise DataError(f"{where}: chosen and rejected share no prompt: there is no 'prompt' field, and no common text up to {ASSISTANT_MARK!r}")
+    cut += len(ASSISTANT_MARK)
+    if any("\n\nHuman:" in text[cut:] for text in (chosen, rejected)):
+        raise Dropped("a conversation that goes on after the two part")
+    return Example(chosen[:cut], (chosen[cut:], rejected[cut:]), where)
+
+
+def _from_candidates(record: dict, where: str) -> Example:
+    responses, scores = record["responses"], record["scores"]
+    if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores) or len(scores) < 2:
+        raise DataError(f"{where}: responses and scores: expected two lists of one length, at least 2")
+    if not all(isinstance(score, (int, float)) and score == score for score in scores):
+        raise DataError(f"{where}: scores: expected numbers")
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    if best == worst:
+        raise Dropped("candidates that all score the same")
+    texts = tuple(_response(responses[i], where, f"responses[{i}]") for i in (best, worst))
+    return Example(check_prompt(record["prompt"], where), texts, where)
+
+
+def as_messages(prompt: str) -> Messages:
+    """A prompt string as a conversation: HH-RLHF transcripts become turns, anything else one user message."""
+    if not prompt.startswith("\n\nHuman:") or not prompt.endswith(ASSISTANT_MARK):
+        return [{"role": "user", "content": prompt}]
+    turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(ASSISTANT_MARK))[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples → tokens
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}`, which transformers adds to mark the assistant's text, renders its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def read_template(name: str | None) -> str | None:
+    """The argument of `--chat-template` as `Tokenizer` takes it: a file's text, "" for 'none', None if absent."""
+    if name is None or name == "none":
+        return name and ""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise DataError(f"{name}: cannot be read: {e}") from None
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template.
+
+    chat_template: jinja2 source to use instead of the checkpoint's own; "" for none: plain text, with EOS at the end of
+    a response. `stop_ids` are all tokens that end a turn; `end_id` is the one that training data gets.
+    """
+
+    def __init__(self, folder: Path, chat_template: str | None = None):
+        self.folder = folder
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise DataError(f"{path}: no such file (a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough)")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the Rust library raises a bare Exception
+            raise DataError(f"{path}: not a tokenizer: {e}") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        settings = self._json("tokenizer_config.json")
+        special = {key: value.get("content") if isinstance(value, dict) else value
+                   for key, value in {**self._json("special_tokens_map.json"), **settings}.items() if key.endswith("_token")}  # fmt: skip
+        self.special = {key: value for key, value in special.items() if isinstance(value, str)}
+        self.stop_ids = self._stop_ids()
+        self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_id = self._bos_id()
+        self.dummy_prefix = self._dummy_prefix()
+        self.own_template = chat_template  # the caller's, not the checkpoint's
+        source = self._template_source(settings) if chat_template is None else chat_template
+        self.template = self._compile(source) if source else None
+        self.tail = self._learn_end_of_turn() if self.template else ""
+        if not self.stop_ids:
+            raise DataError(f"{folder}: no end-of-sequence token: none in generation_config.json, config.json, tokenizer_config.json or the template")
+        if not self.template:
+            self.end_id = self._id(self.special.get("eos_token"))
+            self.end_id = min(self.stop_ids) if self.end_id is None else self.end_id
+
+    # -- reading the folder
+
+    def _json(self, name: str) -> dict:
+        path = self.folder / name
+        value = _parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: expected a JSON object")
+        return value
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
+
+    def _stop_ids(self) -> set[int]:
+        """`eos_token_id` is a number, a list (Llama 3 Instruct: 128001, 128009) or absent, in either of two files."""
+        ids: set[int | None] = set()
+        for name in ("generation_config.json", "config.json"):
+            eos = self._json(name).get("eos_token_id")
+            for i in eos if isinstance(eos, list) else [eos]:
+                if i is not None and (not isinstance(i, int) or self.backend.id_to_token(i) is None):
+                    raise DataError(f"{self.folder / name}: eos_token_id: {i!r} is not a token of the tokenizer")
+                ids.add(i)
+        return (ids | {self._id(self.special.get("eos_token"))}) - {None}
+
+    def _bos_id(self) -> int | None:
+        """The token that the tokenizer would put before a text; None for most byte-level tokenizers."""
+        bare, dressed = (self.backend.encode("x", add_special_tokens=flag).ids for flag in (False, True))
+        return dressed[0] if dressed[1 : len(bare) + 1] == bare else None
+
+    def _dummy_prefix(self) -> list[int]:
+        """Sentencepiece-like tokenizers (Llama 2, Mistral) put a space before every text. A response continues one, so
+        it is encoded behind a newline, which never merges with what follows, and loses these ids of the newline again."""
+        newline = self.backend.encode("\n", add_special_tokens=False).ids
+        behind = self.backend.encode("\nx", add_special_tokens=False).ids
+        alone = self.backend.encode("x", add_special_tokens=False).ids
+        return newline if behind[: len(newline)] == newline and behind[len(newline) :] != alone else []
+
+    def _template_source(self, settings: dict) -> str:
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        source = settings.get("chat_template") or self._json("chat_template.json").get("chat_template") or ""
+        if isinstance(source, list):  # several named templates
+            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+        if not isinstance(source, str):
+            raise DataError(f"{self.folder}: chat_template: expected a string, or a list with one named 'default'")
+        return source
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raises DataError where a token of the tokenizer has no row in an embedding of `vocab_size`."""
+        if self.size > vocab_size:
+            raise DataError(f"{self.folder}: the tokenizer has {self.size} tokens, the embedding {vocab_size}")
+
+    def changed_files(self) -> dict[str, str]:
+        """Files of the checkpoint, name → text, that must change for others to use it as it was trained: the template
+        that was passed instead of its own, and the end of turn that it taught."""
+        files = {}
+        if self.own_template:
+            files["chat_template.jinja"] = self.own_template
+        generation = self._json("generation_config.json")
+        eos = generation.get("eos_token_id", self._json("config.json").get("eos_token_id"))
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if self.end_id not in eos:
+            files["generation_config.json"] = json.dumps(generation | {"eos_token_id": [*eos, self.end_id]}, indent=2) + "\n"
+        return files
+
+    # -- the template
+
+    def _compile(self, source: str) -> jinja2.Template:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])  # fmt: skip
+
+        def raise_exception(message: str):
+            raise jinja2.TemplateError(message)
+
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as e:
+            raise DataError(f"{self.folder}: the chat template does not compile: {e}") from None
+
+    def render(self, messages: Messages, where: str, generation_prompt: bool = False) -> str:
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.special)
+        except Exception as e:  # a template may fail in any way that Python may
+            raise DataError(f"{where}: the chat template refuses this conversation: {e}") from None
+
+    def _learn_end_of_turn(self) -> str:
+        """What the template writes behind an assistant's last message; sets `end_id` to the token that opens it.
+
+        Most write the end-of-turn token, some a newline after it, a few nothing at all: then EOS ends the turn."""
+        content = "The content of this message."
+        turn = self.render([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}], str(self.folder))
+        tail = turn.rpartition(content)[2]
+        ids = self.backend.encode(tail, add_special_tokens=False).ids
+        added = self.backend.get_added_tokens_decoder()
+        ends = [i for i in ids if i in self.stop_ids] or [i for i in ids if i in added and added[i].special]
+        end = ends[0] if ends else self._id(self.special.get("eos_token"))
+        if end is None:
+            raise DataError(f"{self.folder}: the chat template ends a turn with {tail!r}, which holds no special token, and there is no EOS")
+        self.end_id = end
+        self.stop_ids |= {end}
+        return tail[max(0, tail.find(self.backend.id_to_token(end))) :]
+
+    # -- encoding
+
+    def prompt_text(self, prompt: str | Messages, where: str) -> str:
+        """What the model reads before it answers, generation prompt included. A string is one user message where
+        there is a template, and itself where there is none."""
+        if self.template:
+            return self.render(as_messages(prompt) if isinstance(prompt, str) else prompt, where, generation_prompt=True)
+        if isinstance(prompt, str):
+            return prompt
+        raise DataError(f"{where}: a list of messages needs a chat template, and {self.folder} has none: pass --chat-template FILE")
+
+    def response_text(self, prompt: str | Messages, prompt_text: str, response: str, where: str) -> str:
+        """What the model would have to write after `prompt_text`, up to but without the end-of-turn token."""
+        if not self.template:
+            return response
+        messages = as_messages(prompt) if isinstance(prompt, str) else prompt
+        whole = self.render([*messages, {"role": "assistant", "content": response}], where)
+        if not whole.startswith(prompt_text):
+            raise DataError(f"{where}: the chat template renders the prompt differently once it is answered, so the response cannot be told from it")
+        return whole[len(prompt_text) :].removesuffix(self.tail)
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.template or self.bos_id is None:
+            return encoded
+        return [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in encoded]
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        skip = len(self.dummy_prefix)
+        encoded = self.backend.encode_batch_fast(["\n" + t for t in texts] if skip else texts, add_special_tokens=False)
+        return [e.ids[skip:] + [self.end_id] for e in encoded]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def encode(self, examples: list[Example], max_length: int, max_prompt_length: int, counts: Counter) -> list[Tree]:
+        """Trees within `max_length` tokens per path; adds what was cut or dropped, and why, to `counts`."""
+        texts = [self.prompt_text(e.prompt, e.where) for e in examples]
+        answers = [self.response_text(e.prompt, text, r, e.where) for e, text in zip(examples, texts) for r in e.responses]
+        encoded = iter(self.encode_responses(answers))
+        trees = []
+        for example, prompt in zip(examples, self.encode_prompts(texts)):
+            responses = [next(encoded) for _ in example.responses]
+            if not prompt:
+                counts["dropped: an empty prompt"] += 1
+                continue
+            if len(prompt) > max_prompt_length:
+                bos = prompt[:1] if prompt[0] in (self.bos_id, self._id(self.special.get("bos_token"))) else []
+                prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
+                counts["prompts cut at their start"] += 1
+            room = max_length - len(prompt)
+            counts["responses cut at their end"] += sum(len(r) > room for r in responses)
+            responses = [r[:room] for r in responses]
+            if len(responses) > 1 and responses[0] == responses[1]:
+                counts["dropped: chosen equal to rejected in what is left of them"] += 1
+                continue
+            trees.append(Tree(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), example.where))
+        return trees
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens → micro-batches
+
+
+def plan(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Spread one step's trees over ranks and micro-batches: [micro-batch][rank] → indices into `sizes`.
+
+    Every rank gets as many micro-batches as any other, the fewest with which none exceeds `budget` tokens (a tree larger
+    than that travels alone), filled longest first into the emptiest. A rank may be left with an empty one.
+
+    >>> plan([5, 3, 4, 4], ranks=2, budget=8)
+    [[[0, 1], [2, 3]]]
+    """
+    longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    rounds = max(1, -(-sum(sizes) // (ranks * budget)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(rounds * ranks)]
+        loads = [0] * len(bins)
+        for i in longest_first:
+            emptiest = loads.index(min(loads))
+            bins[emptiest].append(i)
+            loads[emptiest] += sizes[i]
+        if all(load <= budget or len(trees) == 1 for load, trees in zip(loads, bins)):
+            return [[sorted(bins[r * ranks + rank]) for rank in range(ranks)] for r in range(rounds)]
+        rounds += 1
+
+
+def pack(trees: list[Tree]) -> dict[str, np.ndarray]:
+    """One stream without padding; each prompt stands in it once. The keys are the parameters of `model.Llama.forward`.
+
+    >>> tree = Tree(np.array([10, 11, 12]), (np.array([20, 21]), np.array([30, 31, 32])), "")
+    >>> for name, value in pack([tree]).items(): print(f"{name:9}", value)
+    tokens    [10 11 12 20 21 30 31 32]
+    positions [0 1 2 3 4 3 4 5]
+    key_index [0 1 2 3 4 0 1 2 5 6 7]
+    cu_q      [0 5 8]
+    cu_k      [ 0  5 11]
+    predict   [2 3 2 5 6]
+    targets   [20 21 30 31 32]
+
+    The first response's queries share a segment with the prompt's (here: stream 0–4 see 0–4); each further response is
+    a segment of its own whose keys are the prompt's and its own (5–7 see 0–2 and 5–7). The prompt's last token predicts
+    the first token of every response.
+    """
+    tokens, positions, key_index, q_lengths, k_lengths, predict, targets = ([] for _ in range(7))
+    end = 0  # of the stream so far
+    for prompt, responses, where in trees:
+        assert len(prompt) and all(map(len, responses)), f"{where}: an empty prompt or response"
+        root, p = end, len(prompt)
+        tokens.append(prompt)
+        positions.append(np.arange(p))
+        end += p
+        for i, response in enumerate(responses):
+            r = len(response)
+            tokens.append(response)
+            positions.append(np.arange(p, p + r))
+            key_index += [np.arange(root, root + p), np.arange(end, end + r)]
+            q_lengths.append(r if i else p + r)
+            k_lengths.append(p + r)
+            predict += [[root + p - 1], np.arange(end, end + r - 1)]
+            targets.append(response)
+            end += r
+    join = lambda parts: np.concatenate(parts).astype(np.int64)
+    offsets = lambda lengths: np.cumsum([0, *lengths], dtype=np.int32)
+    return {
+        "tokens": join(tokens), "positions": join(positions), "key_index": join(key_index),
+        "cu_q": offsets(q_lengths), "cu_k": offsets(k_lengths), "predict": join(predict), "targets": join(targets),
+    }  # fmt: skip
+
+
+def batches(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
+    """The indices of every step, each epoch in an order that depends on seed and epoch alone; its last step may be short."""
+    orders = (np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(epochs))
+    return [order[i : i + batch_size] for order in orders for i in range(0, count, batch_size)]

@@ -1,0 +1,524 @@
+"""A Llama-style decoder whose forward pass returns the log-probabilities of packed responses, and its Hugging Face files.
+
+Module names are Hugging Face's and RoPE rotates split halves, as theirs does, so a checkpoint is a strict copy, name by
+name. Axes: T tokens in the stream, D hidden, H query heads, K key-value heads, E features of a head, V vocabulary,
+N predicted tokens.
+
+    stream of tokens [T] ─ embed ─ blocks ─ norm ─┬─ the N positions that predict a response token ─ lm_head ─ logps [N]
+                                                  └─ everything else never meets the vocabulary
+
+The attention rule. A stream holds trees: a prompt, and the responses that continue it. It is cut into *segments* of
+queries, each the last tokens of one path from root to leaf; `key_index` lists, for every segment, the stream positions
+of that whole path. Query and key positions end together, so the mask is causal with its lower right corner fixed:
+
+    stream                 P P P C C R R R            one pair: prompt, chosen, rejected
+    segment 1 queries      P P P C C                  keys  P P P C C
+    segment 2 queries                R R R            keys  P P P R R R      (the prompt's keys again, never its MLP)
+
+This file knows nothing about processes, flags or text.
+"""
+
+import inspect
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q [T,H,E], k [T,K,E], v [T,K,E]) → [T,H,E]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message names the file and the key or tensor."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a Llama or Mistral model, in the words of `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's frequency scaling; None: plain RoPE
+    sliding_window: int | None = None  # in positions; None: a token sees its whole path
+    tie_word_embeddings: bool = False  # lm_head is the embedding, transposed
+    max_position_embeddings: int = 2048  # what the model was trained for; RoPE itself has no limit
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Config":
+        """Read `config.json` in either dialect of transformers (4: `rope_theta`, `rope_scaling`; 5: `rope_parameters`).
+
+        Raises CheckpointError, naming the key, for whatever this file would compute silently wrong."""
+        path = folder / "config.json"
+        raw = read_json(path)
+
+        def refuse(key: str, why: str):
+            raise CheckpointError(f"{path}: {key} = {json.dumps(raw.get(key))}: {why}")
+
+        def number(key: str, default=None, kind=int):
+            value = raw.get(key)
+            value = default if value is None else value
+            if value is None:
+                raise CheckpointError(f"{path}: {key} is missing")
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < float("inf"):
+                refuse(key, f"expected a positive {kind.__name__}")
+            return kind(value)
+
+        if raw.get("model_type") not in ("llama", "mistral"):
+            refuse("model_type", "this is a Llama-style decoder; it loads llama and mistral")
+        mistral = raw["model_type"] == "mistral"
+        for key, neutral in NEUTRAL.items():
+            if raw.get(key, neutral[0]) not in neutral:
+                refuse(key, f"not implemented (only {json.dumps(neutral[0])} is)")
+
+        heads = number("num_attention_heads")
+        hidden = number("hidden_size")
+        head_dim = number("head_dim", hidden // heads)
+        # where a key is absent its meaning is the default of transformers' class for that model type
+        kv_heads = number("num_key_value_heads", 8 if mistral and "num_key_value_heads" not in raw else heads)
+        if heads % kv_heads:
+            refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
+        if head_dim % 2:
+            refuse("head_dim", "rotary embeddings need an even number of features")
+        window = raw.get("sliding_window", 4096) if mistral else None  # v0.2 and later say null
+        rope_theta, rope_scaling = read_rope(raw, path)
+        return cls(
+            vocab_size=number("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=number("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=number("rms_norm_eps", 1e-6, float),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            sliding_window=None if window is None else number("sliding_window", 4096),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False) is True,
+            max_position_embeddings=number("max_position_embeddings", 4096 * 32 if mistral else 2048),
+        )
+
+
+# config.json keys with the values under which the code below is right; any other value would change the computation
+NEUTRAL = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "num_local_experts": (None, 1),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1.0, None),
+}
+
+
+def read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
+    """(theta, scaling) from either dialect; scaling is None or the four numbers of Llama 3.1's rule."""
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: {key} is not an object")
+    numbers = {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{path}: {key}.rope_type = {json.dumps(kind)}: not implemented (default and llama3 are)")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{path}: {key}.partial_rotary_factor: not implemented (only 1.0 is)")
+    if kind == "llama3":
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            numbers[name] = rope.get(name, raw.get(name))
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise CheckpointError(f"{path}: {key}.{name} = {json.dumps(value)}: expected a positive number")
+    theta = float(numbers.pop("rope_theta"))
+    return theta, numbers or None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architecture
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.float().pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()  # float32: squares overflow lower precisions
+        return (x.float() * scale).to(x.dtype) * self.weight
+
+
+def rotary_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, float32 [T, 1, E/2]. Made anew each forward: no buffer to load or shard."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if (s := config.rope_scaling) is not None:  # Llama 3.1: slow waves are stretched, fast ones kept, a ramp between
+        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / s["factor"])
+    angles = positions.float()[:, None] * frequencies
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the feature pairs (i, i + E/2) of x [T, heads, E] by their position's angle; float32 inside."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.recompute = False  # activation checkpointing: keep only the block's input, run it again in backward
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.body, x, cos, sin, attend, use_reentrant=False)
+        return self.body(x, cos, sin, attend)
+
+    def body(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = self.embed_tokens(tokens)  # [T, D]
+        cos, sin = rotary_table(self.config, positions)
+        for block in self.layers:
+            x = block(x, cos, sin, attend)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The model. `forward` is training's and evaluation's entry; decoding calls `model` and `logits` with a cache."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight  # [V, D]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [..., V] in float32."""
+        return F.linear(hidden, self.head_weight).float()
+
+    def forward(self, tokens, positions, key_index, cu_q, cu_k, predict, targets) -> Tensor:
+        """Log-probabilities [N] in nats, float32, of `targets` [N] after the stream positions `predict` [N].
+
+        tokens, positions: [T]. key_index, cu_q, cu_k: the attention rule, see PackedAttention. `data.pack` makes all
+        of them. They come out of here, not logits, because under FSDP the head is whole only inside this call."""
+        attend = PackedAttention(key_index, cu_q, cu_k, self.config.sliding_window)
+        hidden = self.model(tokens, positions, attend)[predict]  # [N, D]
+        return chunked_logps(hidden, self.head_weight, targets)
+
+
+LOGITS_CHUNK = 2**25  # logits alive at once (128 MiB in float32), whatever the vocabulary and the number of tokens
+
+
+def chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden · weightᵀ)[target], float32 [N], without ever holding all N × V logits.
+
+    Every chunk's logits are made, reduced to one number a row, dropped, and made again in backward."""
+
+    def logps(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return -F.cross_entropy(F.linear(h, w).float(), t, reduction="none")
+
+    rows = max(1, LOGITS_CHUNK // weight.shape[0])
+    chunks = zip(hidden.split(rows), targets.split(rows))
+    return torch.cat([checkpoint(logps, h, weight, t, use_reentrant=False) for h, t in chunks])
+
+
+class PackedAttention:
+    """Attention over a packed stream: which keys each segment of queries sees (the rule at the top of this file).
+
+    key_index: [S] stream positions of every segment's keys, one segment after the other.
+    cu_q, cu_k: int32 [segments + 1], on the CPU: where each segment's queries (in the stream) and keys (in key_index)
+    begin and end. window: how many positions back a token sees, itself included (Mistral 7B v0.1); None for all.
+    """
+
+    def __init__(self, key_index: Tensor, cu_q: Tensor, cu_k: Tensor, window: int | None = None):
+        self.key_index, self.window = key_index, window
+        self.q_lengths, self.k_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+        if key_index.is_cuda:
+            self.cu_q, self.cu_k = (cu.to(key_index.device, non_blocking=True) for cu in (cu_q, cu_k))
+        self.masks: dict[int, Tensor | None] = {}  # by segment; the same for all layers
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k[self.key_index], v[self.key_index]  # [S, K, E]
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self.flash(q, k, v)
+        segments = zip(q.split(self.q_lengths), k.split(self.k_lengths), v.split(self.k_lengths))
+        return torch.cat([self.sdpa(i, *segment) for i, segment in enumerate(segments)])
+
+    def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One kernel for all segments; blocks outside the mask are never computed."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1 if self.window is None else self.window - 1, 0)  # (to the left, to the right); causal
+        # torch 2.12 on wants to be told of grouped queries; the kernel could always do them
+        gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        longest = max(self.q_lengths), max(self.k_lengths)
+        return varlen_attn(q, k, v, self.cu_q, self.cu_k, *longest, window_size=window, **gqa)
+
+    def sdpa(self, segment: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One segment, q [Tq, H, E] against k, v [Tk, K, E]; anywhere and in any dtype."""
+        mask = self.mask(segment)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, Tq or Tk, E]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    def mask(self, segment: int) -> Tensor | None:
+        """Bool [Tq, Tk]; None where plain causal attention is the rule: a path from its root, within the window."""
+        n, m = self.q_lengths[segment], self.k_lengths[segment]
+        if n == m and (self.window is None or m <= self.window):
+            return None
+        if segment not in self.masks:
+            distance = torch.arange(m - n, m, device=self.key_index.device)[:, None] - torch.arange(m, device=self.key_index.device)
+            self.masks[segment] = (distance >= 0) & (distance < (self.window or m))
+        return self.masks[segment]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+class Weights:
+    """The tensors of a checkpoint folder, memory-mapped; only what is asked for is read.
+
+    Raises CheckpointError for a missing or damaged file and for weights that are not float32, bfloat16 or float16."""
+
+    DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+    def __init__(self, folder: Path):
+        self.where = folder
+        self.files: dict[str, tuple[Path, object]] = {}  # tensor name → (file, its open handle)
+        self.dtype = torch.float32  # of the first tensor; a saved checkpoint keeps it
+        for path in self.shards(folder):
+            try:
+                handle = safe_open(path, framework="pt")
+                names = list(handle.keys())
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(f"{path}: not a whole safetensors file: {e}") from None
+            for name in names:
+                dtype = handle.get_slice(name).get_dtype()
+                if dtype not in self.DTYPES:
+                    raise CheckpointError(f"{path}: {name} is {dtype}: quantised or integer weights are not supported")
+                if not self.files:
+                    self.dtype = self.DTYPES[dtype]
+                self.files[name] = (path, handle)
+
+    @staticmethod
+    def shards(folder: Path) -> list[Path]:
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            path = folder / "model.safetensors"
+            if not path.exists():
+                bins = " (pytorch_model.bin is a pickle, which can run code: convert it to safetensors)"
+                hint = bins if any(folder.glob("pytorch_model*.bin")) else ""
+                raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{hint}")
+            return [path]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+            raise CheckpointError(f"{index}: weight_map is missing, empty or not a map of tensor names to file names")
+        for name in (names := sorted(set(weight_map.values()))):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: weight_map: {name!r} is not the name of a safetensors file in this folder")
+            if not (folder / name).exists():
+                raise CheckpointError(f"{folder / name}: no such file, though {index.name} names it")
+        return [folder / name for name in names]
+
+    def copy_into(self, model: nn.Module) -> None:
+        """Fill every parameter, sharded or whole, in place; each process reads only the rows that it holds.
+
+        Strict: raises CheckpointError naming the tensors that are missing, unknown or of another shape."""
+        parameters = dict(model.named_parameters())
+        extra = {n for n in self.files if n not in parameters and not n.endswith("rotary_emb.inv_freq")}
+        if model.config.tie_word_embeddings:
+            extra.discard("lm_head.weight")
+        for problem, names in (("missing", parameters.keys() - self.files.keys()), ("not a tensor of this model", extra)):
+            if names:
+                few = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                raise CheckpointError(f"{self.where}: {problem}: {few}")
+        for name, parameter in parameters.items():
+            path, handle = self.files[name]
+            source = handle.get_slice(name)
+            if tuple(source.get_shape()) != tuple(parameter.shape):
+                raise CheckpointError(f"{path}: {name} has shape {source.get_shape()}, config.json says {list(parameter.shape)}")
+            start, stop = local_rows(parameter)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            with torch.no_grad():
+                local.copy_(source[start:stop])
+
+
+def local_rows(parameter: Tensor) -> tuple[int, int]:
+    """The rows of a parameter that live here: all, or this process's share under FSDP (ceil-sized, the last one short)."""
+    rows = parameter.shape[0]
+    start, stop = 0, rows
+    if isinstance(parameter, DTensor):
+        for dim, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard):
+                size = math.ceil(rows / parameter.device_mesh.size(dim))
+                start = min(parameter.device_mesh.get_local_rank(dim) * size, rows)
+                stop = min(start + size, rows)
+    return start, stop
+
+
+def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
+    """The model of a checkpoint folder, whole, on one device (sampling and analysis; train.py shards instead)."""
+    with torch.device("meta"):
+        model = Llama(Config.from_folder(folder)).to(dtype)
+    model.to_empty(device=device)
+    Weights(folder).copy_into(model)
+    return model.eval()
+
+
+# what else belongs to a checkpoint that others can load; never weights, never code
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.*", "vocab.*", "merges.txt", "LICENSE*")  # fmt: skip
+
+
+CHECKPOINT_FILES = ("*.safetensors", "model.safetensors.index.json", *COMPANIONS)  # all that is ever fetched from a hub
+
+
+def save(model: Llama, source: Path, out: Path, dtype: torch.dtype, write: bool = True, shard_bytes: int = 5 * 10**9,
+         replace: dict[str, str] | None = None) -> None:  # fmt: skip
+    """Write `out` as a Hugging Face folder: safetensors shards of at most `shard_bytes`, index, config and tokenizer.
+
+    Collective under FSDP: every process calls it, the one with `write` writes; one shard at a time is whole in memory.
+    Config and tokenizer files come from `source`; `replace` maps file names to texts that take their place.
+    The folder appears under its name only once it is whole and on disk. Raises FileExistsError if it is there already.
+    """
+    if write and out.exists():
+        raise FileExistsError(f"{out} exists")
+    temporary = out.with_name(out.name + ".incomplete")
+    if write:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for pattern in COMPANIONS:
+            for path in source.glob(pattern):
+                if path.is_file():
+                    shutil.copyfile(path, temporary / path.name)
+        for name, text in (replace or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+    groups: list[list[str]] = [[]]
+    sizes = {name: p.numel() * dtype.itemsize for name, p in model.named_parameters()}
+    room = shard_bytes
+    for name, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(name)
+        room -= size
+    weight_map = {}
+    parameters = dict(model.named_parameters())
+    for i, group in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        tensors = dict(whole_tensors({name: parameters[name] for name in group}, dtype, keep=write))
+        weight_map |= dict.fromkeys(group, file)
+        if write:
+            save_file(tensors, temporary / file, metadata={"format": "pt"})
+    if write:
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            sync(path)
+        temporary.rename(out)
+        sync(out.parent)
+
+
+def whole_tensors(parameters: dict[str, Tensor], dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter gathered from its shards, cast, on the CPU; a process that does not `keep` them only takes part."""
+    for name, parameter in parameters.items():
+        whole = parameter.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        if keep:
+            yield name, whole.to("cpu", dtype).contiguous()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
