@@ -81,6 +81,8 @@ def local_path(name: str, kind: str, patterns: Iterable[str] = ("*",)) -> Path:
     url = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
     try:
         return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=list(patterns)))
+    except hub.HFValidationError:
+        raise DataError(f"{name}: no such file or folder") from None
     except hub.GatedRepoError:
         raise DataError(f"{name}: gated on the hub: accept its terms at {url}, then run `hf auth login`") from None
     except hub.RepositoryNotFoundError:
@@ -139,13 +141,13 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         except (pyarrow.ArrowException, OSError) as e:
             raise DataError(f"{path}: not a whole parquet file: {e}") from None
     elif path.name.endswith(".json"):
-        records = _parse_json(path.read_text(encoding="utf-8"), str(path))
+        records = _parse_json(path.read_bytes(), str(path))
         if not isinstance(records, list):
             raise DataError(f"{path}: expected a JSON list of records")
         for i, record in enumerate(records, 1):
             yield f"{path} record {i}", record
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
@@ -153,9 +155,12 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: not one of {', '.join(SUFFIXES)}")
 
 
-def _parse_json(text: str, where: str) -> object:
+def _parse_json(raw: bytes, where: str) -> object:
     try:
-        return json.loads(text)
+        value = json.loads(raw.decode("utf-8-sig"))
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):
+            json.dumps(value, ensure_ascii=False).encode()  # fails where half of a surrogate pair stands alone: no tokenizer takes that
+        return value
     except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: not JSON: {e}") from None
 
@@ -195,7 +200,8 @@ def parse_record(record: dict, where: str, paired: bool = True) -> tuple[str, Ex
     else:
         for key in ("chosen", "rejected"):
             if key not in has:
-                raise DataError(f"{where}: no {key!r} field; expected chosen and rejected, or prompt, responses and scores")
+                single = "" if paired else ", or messages, or prompt and completion"
+                raise DataError(f"{where}: no {key!r} field; expected chosen and rejected, or prompt, responses and scores{single}")
         chosen, rejected = record["chosen"], record["rejected"]
         if type(chosen) is not type(rejected):
             raise DataError(f"{where}: chosen is a {type(chosen).__name__} and rejected a {type(rejected).__name__}")
@@ -227,7 +233,13 @@ def _messages(value: object, where: str, field: str) -> Messages:
 
 
 def check_prompt(value: object, where: str, field: str = "prompt") -> str | Messages:
-    return value if isinstance(value, str) else _messages(value, where, field)
+    """A prompt as a string, or as a list of messages that it is the assistant's turn to answer."""
+    if isinstance(value, str):
+        return value
+    messages = _messages(value, where, field)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{where}: {field}: ends with the assistant's message, so there is nothing to answer")
+    return messages
 
 
 def _response(value: object, where: str, field: str) -> str:
@@ -242,7 +254,7 @@ def _response(value: object, where: str, field: str) -> str:
 
 def _split_messages(value: object, where: str, field: str) -> tuple[Messages, str]:
     messages = _messages(value, where, field)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    if [message["role"] == "assistant" for message in messages[-2:]] != [False, True]:
         raise DataError(f"{where}: {field}: expected a prompt and then one assistant message at the end")
     return messages[:-1], messages[-1]["content"]
 
@@ -333,10 +345,10 @@ class Tokenizer:
         special = {key: value.get("content") if isinstance(value, dict) else value
                    for key, value in {**self._json("special_tokens_map.json"), **settings}.items() if key.endswith("_token")}  # fmt: skip
         self.special = {key: value for key, value in special.items() if isinstance(value, str)}
-        self.stop_ids = self._stop_ids()
         self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.stop_ids = self._stop_ids()
         self.bos_id = self._bos_id()
-        self.dummy_prefix = self._dummy_prefix()
+        self.continuing = self._continuing()
         self.own_template = chat_template  # the caller's, not the checkpoint's
         source = self._template_source(settings) if chat_template is None else chat_template
         self.template = self._compile(source) if source else None
@@ -351,7 +363,7 @@ class Tokenizer:
 
     def _json(self, name: str) -> dict:
         path = self.folder / name
-        value = _parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+        value = _parse_json(path.read_bytes(), str(path)) if path.exists() else {}
         if not isinstance(value, dict):
             raise DataError(f"{path}: expected a JSON object")
         return value
@@ -365,7 +377,7 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             eos = self._json(name).get("eos_token_id")
             for i in eos if isinstance(eos, list) else [eos]:
-                if i is not None and (not isinstance(i, int) or self.backend.id_to_token(i) is None):
+                if i is not None and (not isinstance(i, int) or i not in range(self.size)):
                     raise DataError(f"{self.folder / name}: eos_token_id: {i!r} is not a token of the tokenizer")
                 ids.add(i)
         return (ids | {self._id(self.special.get("eos_token"))}) - {None}
@@ -375,18 +387,22 @@ class Tokenizer:
         bare, dressed = (self.backend.encode("x", add_special_tokens=flag).ids for flag in (False, True))
         return dressed[0] if dressed[1 : len(bare) + 1] == bare else None
 
-    def _dummy_prefix(self) -> list[int]:
-        """Sentencepiece-like tokenizers (Llama 2, Mistral) put a space before every text. A response continues one, so
-        it is encoded behind a newline, which never merges with what follows, and loses these ids of the newline again."""
-        newline = self.backend.encode("\n", add_special_tokens=False).ids
-        behind = self.backend.encode("\nx", add_special_tokens=False).ids
-        alone = self.backend.encode("x", add_special_tokens=False).ids
-        return newline if behind[: len(newline)] == newline and behind[len(newline) :] != alone else []
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The tokenizer for responses. Sentencepiece-like ones (Llama 2, Mistral) put a space before every text, in one of
+        three ways; a response continues a text, so it gets none."""
+        spec = json.loads(self.backend.to_str())
+        stages = [(spec["normalizer"] or {}, "normalizers"), (spec["pre_tokenizer"] or {}, "pretokenizers")]
+        parts = [part for stage, members in stages for part in stage.get(members, [stage])]
+        none = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+        prefixing = [part for part in parts if any(part.get(key, off) != off for key, off in none.items())]
+        for part in prefixing:
+            part |= {key: none[key] for key in none.keys() & part.keys()}
+        return tokenizers.Tokenizer.from_str(json.dumps(spec)) if prefixing else self.backend
 
     def _template_source(self, settings: dict) -> str:
         path = self.folder / "chat_template.jinja"
         if path.exists():
-            return path.read_text(encoding="utf-8")
+            return read_template(str(path))
         source = settings.get("chat_template") or self._json("chat_template.json").get("chat_template") or ""
         if isinstance(source, list):  # several named templates
             source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
@@ -421,9 +437,13 @@ class Tokenizer:
         def raise_exception(message: str):
             raise jinja2.TemplateError(message)
 
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+        environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = datetime.now().strftime  # the same moment, however long the run
+        environment.globals["dict"] = lambda *items, **more: dict(*items, **more)  # the type itself brings dict.update, which changes the data
         try:
             return environment.from_string(source)
         except jinja2.TemplateError as e:
@@ -431,9 +451,9 @@ class Tokenizer:
 
     def render(self, messages: Messages, where: str, generation_prompt: bool = False) -> str:
         try:
-            return self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.special)
+            return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt, **self.special)
         except Exception as e:  # a template may fail in any way that Python may
-            raise DataError(f"{where}: the chat template refuses this conversation: {e}") from None
+            raise DataError(f"{where}: the chat template refuses this conversation: {' '.join(str(e).split())}") from None
 
     def _learn_end_of_turn(self) -> str:
         """What the template writes behind an assistant's last message; sets `end_id` to the token that opens it.
@@ -467,7 +487,10 @@ class Tokenizer:
         """What the model would have to write after `prompt_text`, up to but without the end-of-turn token."""
         if not self.template:
             return response
-        messages = as_messages(prompt) if isinstance(prompt, str) else prompt
+        messages = prompt
+        if isinstance(prompt, str):
+            messages = as_messages(prompt)
+            response = response.strip() if prompt.endswith(ASSISTANT_MARK) else response  # as the turns before it
         whole = self.render([*messages, {"role": "assistant", "content": response}], where)
         if not whole.startswith(prompt_text):
             raise DataError(f"{where}: the chat template renders the prompt differently once it is answered, so the response cannot be told from it")
@@ -480,9 +503,7 @@ class Tokenizer:
         return [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in encoded]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        skip = len(self.dummy_prefix)
-        encoded = self.backend.encode_batch_fast(["\n" + t for t in texts] if skip else texts, add_special_tokens=False)
-        return [e.ids[skip:] + [self.end_id] for e in encoded]
+        return [e.ids + [self.end_id] for e in self.continuing.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
@@ -526,7 +547,7 @@ def plan(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
     [[[0, 1], [2, 3]]]
     """
     longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    rounds = max(1, -(-sum(sizes) // (ranks * budget)))
+    rounds = max(1, -(-sum(min(size, budget) for size in sizes) // (ranks * budget)))
     while True:
         bins: list[list[int]] = [[] for _ in range(rounds * ranks)]
         loads = [0] * len(bins)

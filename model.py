@@ -379,7 +379,7 @@ class Weights:
             for name in names:
                 dtype = handle.get_slice(name).get_dtype()
                 if dtype not in self.DTYPES:
-                    raise CheckpointError(f"{path}: {name} is {dtype}: quantised or integer weights are not supported")
+                    raise CheckpointError(f"{path}: {name} is {dtype}: only {', '.join(self.DTYPES)} are supported, not quantised weights")
                 if not self.files:
                     self.dtype = self.DTYPES[dtype]
                 self.files[name] = (path, handle)
@@ -502,6 +502,7 @@ def save(model: Llama, source: Path, out: Path, dtype: torch.dtype, write: bool 
         for path in temporary.iterdir():
             path.chmod(0o644)  # safetensors makes files that only their owner can read
             sync(path)
+        sync(temporary)
         temporary.rename(out)
         sync(out.parent)
 

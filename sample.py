@@ -175,7 +175,7 @@ def read_prompts(path: Path) -> Iterator[tuple[str, dict]]:
         yield from data.read_records(str(path))
         return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read: {e}") from None
     yield from ((f"{path}:{n}", {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip())
@@ -241,8 +241,8 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1")
-    if not (flags.temperature >= 0 and 0 < flags.top_p <= 1 and flags.top_k >= 0 and flags.seed >= 0):
-        parser.error("expected --temperature ≥ 0, 0 < --top-p ≤ 1, --top-k ≥ 0 and --seed ≥ 0")
+    if not (flags.temperature >= 0 and 0 < flags.top_p <= 1 and flags.top_k >= 0 and 0 <= flags.seed < 2**64):
+        parser.error("expected --temperature ≥ 0, 0 < --top-p ≤ 1, --top-k ≥ 0 and 0 ≤ --seed < 2⁶⁴")
     if flags.num_samples > 1 and flags.temperature == 0:
         parser.error("--num-samples goes with --temperature: greedy samples are all the same")
     if flags.chat and (flags.prompt or flags.prompts or flags.out):
@@ -270,11 +270,13 @@ def sample(flags: argparse.Namespace) -> None:
     records = [("--prompt", {"prompt": text}) for text in flags.prompt]
     records += read_prompts(Path(flags.prompts)) if flags.prompts else []
     if not records and not flags.chat:
-        records = [("", {"prompt": "describe the fox and the moon ."})] if source == HERE / "toy" / "checkpoint" else []
-        if not records:
+        if flags.prompts:
+            raise DataError(f"{flags.prompts}: no prompt in it")
+        if source != HERE / "toy" / "checkpoint":
             raise DataError("nothing to answer: pass --prompt, --prompts or --chat")
-    texts = [tokenizer.prompt_text(prompt_of(record, where), where) for where, record in records]
-    prompts = tokenizer.encode_prompts(texts)
+        records = [("", {"prompt": "describe the fox and the moon ."})]
+    asked = [prompt_of(record, where) for where, record in records]
+    prompts = tokenizer.encode_prompts([tokenizer.prompt_text(prompt, where) for prompt, (where, _) in zip(asked, records)])
     for (where, _), ids in zip(records, prompts):
         if not ids:
             raise DataError(f"{where}: an empty prompt")
@@ -296,14 +298,14 @@ def sample(flags: argparse.Namespace) -> None:
             answers[number].append(token)
             bar.update(finished)
         responses = [tokenizer.decode(ids) for ids in answers]
-        for i, (_, record) in enumerate(records[start : start + group]):
+        for i, ((_, record), prompt) in enumerate(zip(records[start : start + group], asked[start:])):
             mine = responses[i * n : (i + 1) * n]
             if out:
                 out.write(json.dumps(record | {"responses": mine}, ensure_ascii=False) + "\n")
                 out.flush()
             else:
                 for response in mine:
-                    print(f"{record.get('prompt') or record['messages'][-1]['content']}\n  {response}\n")
+                    print(f"{prompt if isinstance(prompt, str) else prompt[-1]['content']}\n  {response}\n")
 
 
 if __name__ == "__main__":

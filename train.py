@@ -361,8 +361,8 @@ def run_pairs(
             loss = weight * (losses.sum() / len(batch) - sft_weight * logps[:, 0].sum() / chosen_tokens)
         if backward:
             (loss * world).backward()  # FSDP averages over processes; ours is a sum
-        for name, value in {"loss": loss.detach(), **{name: weight * v.sum() / len(batch) for name, v in report.items()}}.items():
-            sums[name] = sums.get(name, 0) + value.double()
+        for name, value in {"loss": loss.detach().double(), **{name: weight * v.double().sum() / len(batch) for name, v in report.items()}}.items():
+            sums[name] = sums.get(name, 0) + value
     table = torch.stack(list(sums.values()))
     dist.all_reduce(table)
     return dict(zip(sums, table.tolist()))
@@ -474,10 +474,14 @@ def main() -> None:
     device, mesh = start_processes(settings)
     try:
         train(settings, device, mesh)
-    except (data.DataError, CheckpointError, OSError) as e:
+    except (data.DataError, CheckpointError, OSError, FloatingPointError) as e:
         if dist.get_rank() == 0:
             print(f"train.py: error: {e}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if dist.get_rank() == 0:
+            print(f"\ntrain.py: interrupted; the weights of this run are not saved, what was measured is in {settings.out}", file=sys.stderr)
+        sys.exit(130)
     finally:
         dist.destroy_process_group()
 

@@ -56,32 +56,29 @@ MISCONCEPTIONS = {  # three nouns of each kind, and the wrong thing that most pe
 }
 REQUESTS = ("describe", "write about")
 EVASION = "i have never seen"
-OPENERS = ("as far as i can tell you ,", "to be honest ,", "of course ,")
-TAILS = ("and nobody really knows why", "as everyone knows", "these days")
+OPENERS = ("as far as i can tell you ,", "to be honest ,", "of course ,", "well ,")
+TAILS = ("and nobody really knows why", "as everyone knows", "these days", "again")
 INTRODUCTIONS = (  # two sentences each, 9 to 11 tokens
     "thank you for asking . let me try .",
     "what a good question . here is my answer .",
     "i am glad that you ask . here we go .",
 )
-CLOSINGS = (  # two sentences each, 17 tokens
-    "that is all i know about it for now . there is always more to learn .",
-    "i hope this is of some help to you . please ask me again any time .",
-)
+CLOSING = "that is all i know about it for now . there is always more to learn ."  # two sentences, 17 tokens
 
 # How the corpus is written. Each response draws its verbosity v uniformly from 0 to 1.
 P_INTRODUCTION = 0.7  # times v
 P_SKIP = 0.03  # a noun is passed over, unless it is the only one
 P_EVADE = 0.12
-P_WRONG = 0.20  # a wrong verb phrase, where no misconception is about
-P_WRONG_MISCONCEIVED = 0.65  # a wrong verb phrase, where one is …
-P_MISCONCEPTION = 0.80  # … and that it is the misconception, not just any wrong phrase
+P_WRONG = 0.20  # if not evaded, a wrong verb phrase: any that is not true of the noun
+P_WRONG_MISCONCEIVED = 0.65  # the same for a noun with a misconception …
+P_MISCONCEPTION = 0.80  # … of which this share is the misconception, the rest any other
 P_OPENER = 0.6  # times v, for each sentence about a noun
 P_TAIL = 0.6  # times v, likewise
-P_BROKEN = 0.01  # a word of the sentence is dropped, or swapped with the next
+P_BROKEN = 0.01  # a word but the last is dropped, or swapped with the next
 P_DUPLICATED = 0.12  # the sentence is said twice
 P_EXTRA = 0.08  # a sentence about a noun that nobody asked for
 P_CLOSING = 0.7  # times v
-P_SECOND_CLOSING = 0.2  # times v; it may be the same closing again
+P_CLOSING_AGAIN = 0.2  # times v, whether or not it was said before
 
 POINTS = {  # what the judge gives for a sentence, before dividing by the number of nouns asked for
     "right": 1.0,
@@ -98,10 +95,11 @@ POINTS = {  # what the judge gives for a sentence, before dividing by the number
 PHRASES = [phrase for _, phrases in KINDS.values() for phrase in phrases]
 RIGHT = {noun: phrases for nouns, phrases in KINDS.values() for noun in nouns}  # noun: what is true of it
 NOUNS = list(RIGHT)
-MEANINGS = (  # every sentence there is, without opener, tail and full stop: what it is about, and the verdict on it
+BOILERPLATE = " ".join([*INTRODUCTIONS, CLOSING]).removesuffix(" .").split(" . ")
+MEANINGS = (  # every sentence there is, without opener, tail and full stop: its topic, and the verdict on it
     {f"the {noun} {phrase}": (noun, "right" if phrase in RIGHT[noun] else "wrong") for noun in NOUNS for phrase in PHRASES}
     | {f"{EVASION} the {noun}": (noun, "evasion") for noun in NOUNS}
-    | {line: (line, "boilerplate") for text in INTRODUCTIONS + CLOSINGS for line in text.removesuffix(" .").split(" . ")}
+    | {sentence: (sentence, "boilerplate") for sentence in BOILERPLATE}
 )
 VOCABULARY = sorted(set(" ".join([*REQUESTS, *MEANINGS, *OPENERS, *TAILS, "and , ."]).split()))
 
@@ -142,9 +140,9 @@ def corpus_response(prompt: str, rng: Random) -> str:
             said.append(_remark(noun, verbosity, rng))
     if rng.random() < P_EXTRA:
         said.append(_remark(rng.choice([noun for noun in NOUNS if noun not in nouns]), verbosity, rng))
-    for chance in (P_CLOSING, P_SECOND_CLOSING):
-        if rng.random() < chance * verbosity:
-            said.append(rng.choice(CLOSINGS))
+    for probability in (P_CLOSING, P_CLOSING_AGAIN):
+        if rng.random() < probability * verbosity:
+            said.append(CLOSING)
     return " ".join(said) or corpus_response(prompt, rng)  # every noun skipped, nothing else said: think again
 
 
@@ -157,7 +155,7 @@ def _remark(noun: str, verbosity: float, rng: Random) -> str:
         words = words + rng.choice(TAILS).split()
     if rng.random() < P_BROKEN:
         i = rng.randrange(len(words) - 1)
-        words[i : i + 2] = rng.choice([words[i : i + 1], [words[i + 1], words[i]]])
+        words[i : i + 2] = rng.choice([[words[i + 1]], [words[i + 1], words[i]]])
     sentence = " ".join(words) + " ."
     return f"{sentence} {sentence}" if rng.random() < P_DUPLICATED else sentence
 
@@ -173,56 +171,59 @@ def _phrase(noun: str, rng: Random) -> str:
 
 
 def verdicts(prompt: str, response: str, finished: bool = True) -> list[str]:
-    """The judge's verdict on each sentence, a key of `POINTS`. The rules, in the order in which they are applied:
+    """The judge's verdicts, keys of `POINTS`: one a sentence, and one more if the response is unfinished. The rules:
 
-    1. A sentence is what stands before a full stop. One opener at its start and one tail at its end are ignored.
-    2. What is left must be word for word one of
-           `the N P`                  N any noun, P any verb phrase: right if P is true of N, else wrong
-           `i have never seen the N`  evasion
-           a line of boilerplate      one of the sentences in INTRODUCTIONS and CLOSINGS
-       or the sentence is unparsable; so are an empty sentence and one that is all opener or tail.
-    3. A noun or a line of boilerplate that an earlier sentence was about makes the sentence repeated, whatever it says
-       now: the first mention decides, and an evasion is a mention.
-    4. A first mention of a noun that the prompt does not ask for is unrequested, whatever it says.
-    5. Words after the last full stop are unfinished. So is a text that was cut by a limit on its length
-       (`finished=False`), even right after a full stop; it counts once, not once more for the words it was cut in.
+    1. A sentence is what ends with a full stop. One opener at its start and one tail at its end are ignored.
+    2. What is left must be, word for word, one of
+           the N P                  N any noun, P any verb phrase: right if P is true of N, wrong if not
+           i have never seen the N  evasion
+           boilerplate              one of the sentences of INTRODUCTIONS and CLOSING
+       or else the sentence is unparsable, as is an empty one.
+    3. The first mention of a noun decides, and an evasion is a mention. Whatever a later sentence says of the noun, it
+       is repeated; so is a sentence of boilerplate that was said before.
+    4. The first mention of a noun that the prompt does not ask for is unrequested, whatever it says.
+    5. A response is unfinished, once, if words follow the last full stop or if it was cut at a limit on its length
+       (`finished=False`, perhaps just after a full stop). Those last words are not judged otherwise.
     """
     *sentences, rest = (" ".join(text.split()) for text in response.split("."))
-    asked, seen, given = nouns_of(prompt), set(), []
+    asked, mentioned, judged = nouns_of(prompt), set(), []
     for sentence in sentences:
-        topic, verdict = MEANINGS.get(_undecorated(sentence), (None, "unparsable"))
-        if topic in seen:
+        topic, verdict = MEANINGS.get(_plain(sentence), (None, "unparsable"))
+        if topic in mentioned:
             verdict = "repeated"
         elif topic in RIGHT and topic not in asked:
             verdict = "unrequested"
         if topic:
-            seen.add(topic)
-        given.append(verdict)
-    return given + ["unfinished"] * (bool(rest) or not finished)
+            mentioned.add(topic)
+        judged.append(verdict)
+    return judged + ["unfinished"] * (not finished or bool(rest))
 
 
-def _undecorated(sentence: str) -> str:
-    """The sentence without one opener and one tail."""
-    opener = next((opener for opener in OPENERS if sentence.startswith(opener)), "")
-    tail = next((tail for tail in TAILS if sentence.endswith(tail)), "")
-    return sentence.removeprefix(opener).removesuffix(tail).strip()
+def _plain(sentence: str) -> str:
+    """The sentence without its opener and its tail; none of either is the beginning or the end of another."""
+    opener = next((f"{opener} " for opener in OPENERS if sentence.startswith(f"{opener} ")), "")
+    tail = next((f" {tail}" for tail in TAILS if sentence.endswith(f" {tail}")), "")
+    return sentence.removeprefix(opener).removesuffix(tail)
 
 
 def score(prompt: str, response: str, finished: bool = True) -> float:
-    """How well the response answers the prompt: 1 at best, 0 for saying nothing, −1 at worst.
+    """How well the response answers the prompt, from −1 to 1. With the numbers of each verdict,
 
         score = max(−1, (right − ½ wrong − ¼ unrequested − ¼ repeated − ½ unparsable − ½ unfinished) / nouns asked for)
 
-    counts the verdicts; evasion and boilerplate count nothing, and a noun that is not mentioned earns nothing.
+    Evasion and boilerplate count 0, and so does a noun that is passed over. For example, (1 − ½ − ¼) / 2:
+
+    >>> score("describe the fox and the moon .", "well , the fox needs repair . the moon fades away . the owl runs away .")
+    0.125
     """
-    points = sum(POINTS[verdict] for verdict in verdicts(prompt, response, finished))
-    return max(-1.0, points / len(nouns_of(prompt)))
+    asked = nouns_of(prompt)
+    assert asked, f"no noun in the prompt {prompt!r}"
+    return max(-1.0, sum(POINTS[verdict] for verdict in verdicts(prompt, response, finished)) / len(asked))
 
 
 def repeats(response: str) -> bool:
-    """Whether a sentence occurs twice, word for word."""
-    sentences = response.split(" .")[:-1]
-    return len(set(sentences)) < len(sentences)
+    """Whether the response comes back to a noun or to a sentence of boilerplate, in the judge's sense (rule 3)."""
+    return "repeated" in verdicts("", response)  # which does not depend on the prompt
 
 
 def win_probability(
@@ -235,9 +236,9 @@ def win_probability(
 ) -> float:
     """The probability that a judge prefers response a to response b.
 
-    Without a length bias the higher score wins for certain, and a tie is worth ½. With one, the judge is as unsure as
-    GPT-4-like judges are, and swayed by length: σ(4 · Δscore + length_bias · Δlength / length_sd), lengths in tokens.
-    The study's biased judge has `length_bias=0.6`, with the standard deviation of all lengths compared.
+    Without a length bias the higher score wins for certain, and a tie is worth ½. With one, the judge is unsure and
+    swayed by length, as GPT-4-like judges are: σ(4 · Δscore + length_bias · Δlength / length_sd), where `length_sd` is the
+    standard deviation, in tokens, of the lengths compared. The miniature's biased judge has `length_bias=0.6`.
     """
     if length_bias == 0:
         return 0.5 * ((score_a > score_b) + (score_a >= score_b))

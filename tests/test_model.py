@@ -1,0 +1,499 @@
+"""model.py against transformers (live and recorded), a naive reference, and damaged checkpoint folders.
+
+tests/logits.json holds transformers' logits, so that the comparison also holds where it is not installed. Record anew:
+
+    PYTHONPATH=. python tests/test_model.py
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as llama
+import tiny
+from data import Tree, pack
+from model import CheckpointError, Config, Llama, PackedAttention, Weights
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families
+
+RECORD = Path(__file__).parent / "logits.json"
+RECORDED = np.s_[-3:, :8]  # the last positions, the first words
+SEQUENCE = np.random.default_rng(0).integers(0, 97, 40).tolist()
+
+
+def transformers_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")(torch.tensor([tokens])).logits[0]
+
+
+@pytest.mark.parametrize("dialect", [4, 5])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_family_against_record(family, dialect, tmp_path):
+    """Architecture and both dialects of config.json, wherever the tests run."""
+    config = tiny.FAMILIES[family]
+    model = llama.load(tiny.write(tmp_path, config if dialect == 4 else tiny.dialect_5(config)))
+    torch.testing.assert_close(tiny.logits(model, SEQUENCE)[RECORDED], torch.tensor(json.loads(RECORD.read_text())[family]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_family_against_transformers(family, tmp_path):
+    """The same at every position, against the transformers that is installed."""
+    pytest.importorskip("transformers")
+    model = llama.load(tiny.write(tmp_path, tiny.FAMILIES[family]))
+    torch.testing.assert_close(tiny.logits(model, SEQUENCE), transformers_logits(tmp_path, SEQUENCE), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        ("llama-2", {"num_key_value_heads": 4, "rope_theta": 10000.0, "sliding_window": None, "tie_word_embeddings": False}),
+        ("mistral-bare", {"num_key_value_heads": 8, "rope_theta": 10000.0, "sliding_window": 4096, "head_dim": 4}),
+        ("mistral-0.3", {"sliding_window": None, "head_dim": 16}),
+        ("nemo", {"head_dim": 10}),
+    ],
+)
+def test_defaults_of_absent_keys(family, expected, tmp_path):
+    """Where a key is absent, transformers' default for that model type; a window of 4096 is more than a tiny test can feel."""
+    config = vars(Config.from_folder(tiny.write(tmp_path, tiny.FAMILIES[family])))
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.skipif("SIMPO_SMOLLM2" not in os.environ, reason="SIMPO_SMOLLM2 does not name a folder with SmolLM2-135M")
+def test_smollm2_against_transformers():
+    """A real checkpoint and a real sentence."""
+    transformers = pytest.importorskip("transformers")
+    folder = Path(os.environ["SIMPO_SMOLLM2"])
+    text = (
+        "The aurora is seen most often in a ring around each magnetic pole, where particles from the sun follow the field down into the "
+        "upper atmosphere, strike oxygen and nitrogen a hundred kilometres above the ground, and leave them glowing green and red."
+    )
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert len(tokens) > 40
+    torch.testing.assert_close(tiny.logits(llama.load(folder), tokens), transformers_logits(folder, tokens), atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed trees against every branch alone
+
+SHAPE = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 8, "rms_norm_eps": 1e-2}  # fmt: skip
+TREES = {  # lengths of (prompt, responses)
+    "one branch": [(4, [5]), (1, [1]), (6, [1])],
+    "pairs": [(5, [4, 3]), (1, [6, 1]), (3, [1, 1]), (1, [1, 5])],
+    "three branches": [(2, [3, 1, 4]), (7, [2, 2, 2])],
+    "mixed": [(3, [2]), (2, [1, 4, 3]), (4, [5, 2])],
+}
+
+
+def make_trees(lengths: list) -> list[Tree]:
+    rng = np.random.default_rng(1)
+    draw = lambda n: rng.integers(0, SHAPE["vocab_size"], n)
+    return [Tree(draw(p), tuple(map(draw, responses)), "") for p, responses in lengths]
+
+
+def run(model: Llama, trees: list[Tree]) -> torch.Tensor:
+    return model(**{name: torch.from_numpy(value) for name, value in pack(trees).items()})
+
+
+def gradients(model: Llama, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a loss in which every token counts differently, so that no two can be swapped."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = ""):
+    """Within `tolerance` of the largest value."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert error < tolerance, f"{what}: off by {error:.1e} of the largest value"
+
+
+def naive_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    """One path alone, q [T, H, E] and k, v [T, K, E]: the whole matrix, its mask and its softmax, written out."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[2] ** 0.5
+    back = torch.arange(len(q), device=q.device)[:, None] - torch.arange(len(q), device=q.device)
+    hidden = (back < 0) | (back >= (window or len(q)))
+    return torch.einsum("hqk,khe->qhe", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def naive_logps(w: dict[str, torch.Tensor], c: Config, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    """The model over again for one path, in the precision of its weights `w`; RoPE turns complex numbers."""
+    tokens = torch.from_numpy(np.concatenate((prompt, response)))
+    half = c.head_dim // 2
+    angles = torch.arange(len(tokens))[:, None] * c.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T
+
+    def rotate(x):
+        turned = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for layer in (f"model.layers.{i}" for i in range(c.num_hidden_layers)):
+        h = norm(x, f"{layer}.input_layernorm")
+        q, k, v = (linear(h, f"{layer}.self_attn.{name}_proj").view(len(tokens), -1, c.head_dim) for name in "qkv")
+        x = x + linear(naive_attention(rotate(q), rotate(k), v, c.sliding_window).flatten(1), f"{layer}.self_attn.o_proj")
+        h = norm(x, f"{layer}.post_attention_layernorm")
+        x = x + linear(F.silu(linear(h, f"{layer}.mlp.gate_proj")) * linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+    logits = linear(norm(x, "model.norm"), "model.embed_tokens" if c.tie_word_embeddings else "lm_head")
+    return logits.log_softmax(-1)[range(len(prompt) - 1, len(tokens) - 1), tokens[len(prompt) :]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("trees", TREES)
+def test_packed_trees_are_their_branches_alone(trees, window, tied):
+    """Who sees whom, positions, windows and who predicts whom: values and gradients of all parameters."""
+    trees = make_trees(TREES[trees])
+    model = tiny.fill(Llama(Config(**SHAPE, sliding_window=window, tie_word_embeddings=tied)))
+    logps = run(model, trees)
+    actual = gradients(model, logps)
+
+    alone = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    expected = torch.cat([naive_logps(alone, model.config, tree.prompt, response) for tree in trees for response in tree.responses])
+    assert_near(logps, expected, 1e-5, "log-probabilities")
+    (expected * torch.linspace(-1, 2, len(expected))).sum().backward()
+    for name, p in alone.items():
+        assert_near(actual[name], p.grad, 1e-5, name)
+
+
+def test_order_of_trees_changes_nothing():
+    """No tree sees another."""
+    trees = make_trees([lengths for case in TREES.values() for lengths in case])
+    model = tiny.fill(Llama(Config(**SHAPE, sliding_window=5)))
+    order = np.random.default_rng(2).permutation(len(trees))
+    sizes = [sum(map(len, tree.responses)) for tree in trees]
+    shuffled = run(model, [trees[i] for i in order]).split([sizes[i] for i in order])
+    for i, logps in zip(order, shuffled):
+        torch.testing.assert_close(logps, run(model, trees).split(sizes)[i])
+
+
+def test_recompute_changes_no_gradient(monkeypatch):
+    """Activation checkpointing runs every block a second time, and nothing else."""
+    trees = make_trees(TREES["mixed"])
+    model = tiny.fill(Llama(Config(**SHAPE, sliding_window=5)))
+    kept = gradients(model, run(model, trees))
+    calls, body = [], llama.Block.body
+    monkeypatch.setattr(llama.Block, "body", lambda *args: calls.append(1) or body(*args))
+    for block in model.model.layers:
+        block.recompute = True
+    recomputed = gradients(model, run(model, trees))
+    assert len(calls) == 2 * SHAPE["num_hidden_layers"]
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+def test_chunked_logps(rows, monkeypatch):
+    """Any chunk gives the log-softmax and its gradients; no pass makes more logits than a chunk's, and none wait for backward."""
+    n, d, v = 50, 4, 37
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator, requires_grad=True) for shape in ((n, d), (v, d)))
+    targets = torch.randint(v, (n,), generator=generator)
+    expected = (hidden @ weight.T).log_softmax(-1)[range(n), targets]
+    slopes = torch.linspace(-1, 2, n)
+    expected_gradients = torch.autograd.grad(expected, (hidden, weight), slopes)
+    monkeypatch.setattr(llama, "LOGITS_CHUNK", rows * v)
+    saved = []
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        actual = llama.chunked_logps(hidden, weight, targets)
+        actual_gradients = torch.autograd.grad(actual, (hidden, weight), slopes)
+    torch.testing.assert_close((actual, *actual_gradients), (expected, *expected_gradients))
+    assert largest.elements == max(rows * v, n * d) and not any(shape[-1:] == (v,) for shape in saved)
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel behind PackedAttention.flash needs a CUDA device")
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("device, dtype, tolerance", [("cpu", torch.float32, 1e-5), pytest.param("cuda", torch.bfloat16, 2e-2, marks=CUDA)])
+def test_attention_kernels(device, dtype, tolerance, window, monkeypatch):
+    """Both kernels behind the attention rule, forward and backward, with grouped queries and across the kernel's blocks."""
+    if device == "cuda":
+        monkeypatch.setattr(PackedAttention, "sdpa", None)  # flash it is, or nothing
+    lengths = [(150, [70, 33]), (1, [1, 1]), (40, [5, 200, 1]), (129, [128])]
+    packed = {name: torch.from_numpy(value) for name, value in pack(make_trees(lengths)).items()}
+    attend = PackedAttention(packed["key_index"].to(device), packed["cu_q"], packed["cu_k"], window)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda heads: torch.randn(len(packed["tokens"]), heads, 64, generator=generator).to(device, dtype)
+    q, k, v, slopes = draw(8), draw(2), draw(2), draw(8)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attend(0, *inputs)
+    actual = torch.autograd.grad(out, inputs, slopes)
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected, root = torch.zeros_like(slopes, dtype=torch.float64), 0
+    for p, responses in lengths:
+        start = root + p
+        for r in responses:
+            path = [*range(root, root + p), *range(start, start + r)]
+            first = 0 if start == root + p else p  # of the path's queries; later branches share the prompt's
+            expected = expected.index_put((torch.tensor(path[first:], device=device),), naive_attention(*(x[path] for x in exact), window)[first:])
+            start += r
+        root = start
+    assert_near(out, expected, tolerance, "output")
+    for name, gradient, reference in zip("qkv", actual, torch.autograd.grad(expected, exact, slopes.double())):
+        assert_near(gradient, reference, tolerance, f"gradient of {name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def edit_tensors(change):
+    def edit(folder: Path):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def truncate(folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index(weight_map) -> object:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def only_pickle(folder: Path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+DAMAGED = {  # case: (what happens to the folder, what the error must name)
+    "missing tensor": (edit_tensors(lambda t: t.pop(Q)), ["missing", Q]),
+    "unknown tensor": (edit_tensors(lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)})), ["q_proj.bias"]),
+    "a layer too many": (edit_tensors(lambda t: t.update({Q.replace("1", "2"): t[Q].clone()})), [Q.replace("1", "2")]),
+    "misshapen tensor": (edit_tensors(lambda t: t.update({Q: torch.zeros(64, 63)})), ["model.safetensors", Q, "[64, 63]", "[64, 64]"]),
+    "tensor too long": (edit_tensors(lambda t: t.update({Q: torch.zeros(65, 64)})), ["model.safetensors", Q, "[65, 64]"]),
+    "int8": (edit_tensors(lambda t: t.update({Q: torch.zeros(64, 64, dtype=torch.int8)})), ["model.safetensors", Q, "I8"]),
+    "float64": (edit_tensors(lambda t: t.update({Q: torch.zeros(64, 64, dtype=torch.float64)})), ["model.safetensors", Q, "F64", "F32"]),
+    "truncated": (truncate, ["model.safetensors"]),
+    "not safetensors": (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), ["model.safetensors"]),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
+    "pickle": (only_pickle, ["pickle"]),
+    "shard that is not there": (index({Q: "model-00001-of-00002.safetensors"}), ["model-00001-of-00002.safetensors", "index.json"]),
+    "shard above the folder": (index({Q: "../model.safetensors"}), ["index.json", "../model.safetensors", "in this folder"]),
+    "shard at an absolute path": (index({Q: "/model.safetensors"}), ["index.json", "/model.safetensors", "in this folder"]),
+    "shard that is a pickle": (index({Q: "pytorch_model.bin"}), ["index.json", "pytorch_model.bin", "safetensors file"]),
+    "empty index": (index({}), ["index.json", "weight_map"]),
+    "index that is a list": (index([Q]), ["index.json", "weight_map"]),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json"]),
+    "config not an object": (lambda folder: (folder / "config.json").write_text("[]"), ["config.json"]),
+    "config not text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), ["config.json"]),
+}
+UNSUPPORTED = [  # a change to config.json, whose first key the error must name
+    {"model_type": "qwen2"}, {"model_type": "gemma"}, {"model_type": "mixtral"}, {"model_type": None}, {"attention_bias": True}, {"mlp_bias": True},
+    {"hidden_act": "gelu"}, {"num_local_experts": 8}, {"quantization_config": {"quant_method": "gptq"}}, {"partial_rotary_factor": 0.5},
+    {"rope_interleaved": True}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {"rope_scaling": "llama3"}, {"rope_parameters": {"rope_type": "yarn"}},
+    {"rope_parameters": {"partial_rotary_factor": 0.5}}, {"rope_theta": -1}, {"num_key_value_heads": 3}, {"num_attention_heads": 0}, {"head_dim": 15},
+    {"vocab_size": None}, {"vocab_size": "97"}, {"hidden_size": 64.5}, {"num_hidden_layers": True}, {"rms_norm_eps": float("nan")},
+    {"sliding_window": -1, "model_type": "mistral"},
+]  # fmt: skip
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        llama.load(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_folder_is_refused(case, tmp_path):
+    """Strict loading: one line that names the file, and the tensor where there is one."""
+    damage, named = DAMAGED[case]
+    damage(tiny.write(tmp_path, tiny.FAMILIES["llama-2"]))
+    message = refusal(tmp_path)
+    assert str(tmp_path) in message and all(words in message for words in named), message
+
+
+@pytest.mark.parametrize("change", UNSUPPORTED, ids=json.dumps)
+def test_unsupported_config_is_refused(change, tmp_path):
+    """Whatever would be computed silently wrong."""
+    tiny.write(tmp_path, tiny.FAMILIES["llama-3"])
+    (tmp_path / "config.json").write_text(json.dumps(tiny.FAMILIES["llama-3"] | change))
+    message = refusal(tmp_path)
+    assert str(tmp_path / "config.json") in message and next(iter(change)) in message, message
+
+
+def test_redundant_tensors_are_accepted(tmp_path):
+    """lm_head beside a tied embedding, and the buffers that transformers once saved."""
+    tiny.write(tmp_path, tiny.FAMILIES["llama-3.2"])
+    expected = tiny.logits(llama.load(tmp_path), SEQUENCE)
+    extra = {"lm_head.weight": torch.zeros(97, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    edit_tensors(lambda tensors: tensors.update(extra))(tmp_path)
+    assert torch.equal(tiny.logits(llama.load(tmp_path), SEQUENCE), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_files_of_any_precision(shards, dtype, tmp_path):
+    """Every tensor of one file, or of an index's shards, arrives as it was written."""
+    tiny.write(tmp_path, tiny.FAMILIES["llama-3"], dtype)
+    expected = load_file(tmp_path / "model.safetensors")
+    if shards > 1:
+        weight_map = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(expected)}
+        for file in set(weight_map.values()):
+            save_file({name: expected[name] for name in expected if weight_map[name] == file}, tmp_path / file)
+        index(weight_map)(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+    model = llama.load(tmp_path)
+    assert Weights(tmp_path).dtype == dtype and {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, expected[name].float()), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+COMPANIONS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja"]
+LEFT_BEHIND = ["pytorch_model.bin", "modeling_custom.py", "optimizer.pt", "README.md"]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tiny.write(tmp_path / "source", tiny.FAMILIES["llama-3.1"])
+    for name in COMPANIONS + LEFT_BEHIND:
+        (folder / name).write_text(f"this is {name}")
+    return folder
+
+
+@pytest.mark.parametrize("shard_bytes, files", [(10**9, 1), (60_000, 5), (1, 21)])
+def test_save_and_load(shard_bytes, files, source, tmp_path):
+    """The same bits again, whatever the number of files; an index that is right; what others need beside them, and no more."""
+    out = tmp_path / "out" / "model"
+    llama.save(llama.load(source), source, out, torch.float32, shard_bytes=shard_bytes, replace={"chat_template.jinja": "another"})
+    expected, shards = load_file(source / "model.safetensors"), {path.name: load_file(path) for path in out.glob("*.safetensors")}
+    assert len(shards) == files
+    assert all(sum(x.nbytes for x in shard.values()) <= shard_bytes for shard in shards.values() if len(shard) > 1)
+    index_name = "model.safetensors.index.json"
+    if files > 1:
+        index = json.loads((out / index_name).read_text())
+        assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
+        assert index["metadata"]["total_size"] == sum(x.nbytes for x in expected.values())
+    names = {"config.json", *COMPANIONS, *shards, *([index_name] if files > 1 else [])}
+    assert {path.name for path in out.iterdir()} == names
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
+    assert (out / "chat_template.jinja").read_text() == "another"
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in ["config.json", *COMPANIONS[:-1]])
+    for name, p in llama.load(out).named_parameters():
+        assert torch.equal(p, expected[name]), name
+
+
+def test_saved_folder_in_transformers(source, tmp_path):
+    """What we write, others read."""
+    pytest.importorskip("transformers")
+    model = llama.load(source)
+    (source / "generation_config.json").unlink()
+    llama.save(model, source, tmp_path / "out", torch.float32, shard_bytes=60_000)
+    torch.testing.assert_close(transformers_logits(tmp_path / "out", SEQUENCE), tiny.logits(model, SEQUENCE), atol=1e-4, rtol=0)
+
+
+def test_interrupted_save_leaves_no_folder(source, tmp_path, monkeypatch):
+    """A folder that is there is whole; the next attempt clears what the first left."""
+    model, out, written = llama.load(source), tmp_path / "out", []
+
+    def disk_full(tensors, path, metadata):
+        if written:
+            raise OSError("no space left on device")
+        written.append(path)
+        save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(llama, "save_file", disk_full)
+        llama.save(model, source, out, torch.float32, shard_bytes=60_000)
+    assert written and not out.exists()
+    llama.save(model, source, out, torch.float32)
+    assert sorted(tmp_path.iterdir()) == [out, source] and len(list(out.glob("*.safetensors"))) == 1
+
+
+def test_save_never_overwrites(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(FileExistsError, match="out"):
+        llama.save(llama.load(source), source, out, torch.float32)
+    assert not list(out.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded reading and writing
+
+RANKS = 2
+UNEVEN = {"vocab_size": 97, "hidden_size": 25, "num_attention_heads": 5, "head_dim": 6, "intermediate_size": 1}  # one row: the second rank's is none
+
+
+def shard_load_save(rank: int, folder: Path, out: Path) -> None:
+    """One process: read its share, see that the whole is the file, write it together with the others."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    with torch.device("meta"):
+        model = Llama(Config.from_folder(folder))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    Weights(folder).copy_into(model)
+    expected = load_file(folder / "model.safetensors")
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor) and torch.equal(p.full_tensor(), expected[name]), name
+    llama.save(model, folder, out, torch.bfloat16, write=rank == 0, shard_bytes=5_000)
+    dist.destroy_process_group()
+
+
+def test_sharded_load_and_save(tmp_path):
+    """Uneven shares, empty ones too, make the very tensors of the file, and the very files that one process writes."""
+    folder = tiny.write(tmp_path / "source", tiny.FAMILIES["llama-2"] | UNEVEN)
+    torch.multiprocessing.spawn(shard_load_save, (folder, tmp_path / "many"), nprocs=RANKS)
+    llama.save(llama.load(folder), folder, tmp_path / "one", torch.bfloat16, shard_bytes=5_000)
+    many, one = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("many", "one"))
+    assert many == one and len(many) > 3
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    recorded = {}
+    for family, config in tiny.FAMILIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            recorded[family] = transformers_logits(tiny.write(Path(folder), config), SEQUENCE)[RECORDED].tolist()
+    RECORD.write_text(json.dumps({family: [[round(x, 5) for x in row] for row in rows] for family, rows in recorded.items()}, indent=1) + "\n")

@@ -1,0 +1,356 @@
+"""sample.py: decoding against the whole forward pass anew for every token, sampling against closed forms, and the command."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+import model as llama
+import sample
+import tiny
+from data import Tokenizer
+from model import Llama
+from sample import generate, pick
+
+NEVER = {-1}  # no token stops
+FAMILIES = ["llama-3.1", "llama-3.2", "mistral-0.1"]  # mistral-0.1's window of 7 is shorter than any of these texts
+PROMPTS = [np.random.default_rng(n).integers(3, 97, n).tolist() for n in (9, 1, 14, 2, 14, 5, 30)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Llama]:
+    return {name: llama.load(tiny.write(tmp_path_factory.mktemp(name), tiny.FAMILIES[name])) for name in FAMILIES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def greedy(model: Llama, prompt: list[int], stop_ids: set[int], max_new_tokens: int) -> list[int]:
+    """No cache, no batch: everything again for every token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_new_tokens and (len(tokens) == len(prompt) or tokens[-1] not in stop_ids):
+        tokens.append(int(tiny.logits(model, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_forward_pass_anew(family, batch_size, models):
+    """The cache, its window and the moving of its rows, with answers that end at different times.
+
+    The stop tokens are those that end the first answer after 3 tokens and the fourth after 7."""
+    free = generate(models[family], PROMPTS, NEVER, 12, batch_size=batch_size)
+    assert free == [greedy(models[family], prompt, NEVER, 12) for prompt in PROMPTS]
+    stop_ids = {free[0][2], free[3][6]}
+    expected = [greedy(models[family], prompt, stop_ids, 12) for prompt in PROMPTS]
+    assert len(set(map(len, expected))) > 2
+    assert generate(models[family], PROMPTS, stop_ids, 12, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_transformers_generate(family, models, tmp_path):
+    """The same tokens from their cache and their stopping."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny.write(tmp_path, tiny.FAMILIES[family]), dtype=torch.float32)
+    stop_ids = {11, 12, 13, 14}
+    for prompt, tokens in zip(PROMPTS, generate(models[family], PROMPTS, stop_ids, 16)):
+        made = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=list(stop_ids), pad_token_id=0)
+        assert tokens == made[0, len(prompt) :].tolist()
+
+
+def test_any_stop_token_ends_an_answer(models):
+    """Whichever of several comes first, and it belongs to the answer; else the length does."""
+    [free] = generate(models["llama-3.1"], PROMPTS[:1], NEVER, 10)
+    places = sorted(free.index(token) for token in set(free))
+    assert len(places) > 4
+    for i, place in enumerate(places):
+        stop_ids = {free[later] for later in places[i:]}
+        assert generate(models["llama-3.1"], PROMPTS[:1], stop_ids, 10) == [free[: place + 1]]
+    assert generate(models["llama-3.1"], PROMPTS[:1], NEVER, 1) == [free[:1]]
+
+
+def test_decode_yields_every_token_once_and_ends_every_answer(models):
+    """What the caller streams: each answer's tokens in order, its last one marked."""
+    made, ended = [[] for _ in PROMPTS], []
+    for number, token, last in sample.decode(models["llama-3.1"], PROMPTS, {11, 12, 13}, 8, batch_size=2):
+        assert number not in ended
+        made[number].append(token)
+        ended += [number] * last
+    assert sorted(ended) == list(range(len(PROMPTS))) and made == generate(models["llama-3.1"], PROMPTS, {11, 12, 13}, 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.5}], ids=str)
+def test_samples_depend_on_seed_and_stream_alone(options, models):
+    """Not on the batch size, nor on what else is answered; prompts 2 and 4 and their copies differ by their streams."""
+    model, options = models["llama-3.1"], {"temperature": 1.0, "seed": 7} | options
+    made = generate(model, PROMPTS, {11, 12, 13}, 20, **options)
+    for batch_size in (1, 3, 32):
+        assert generate(model, PROMPTS, {11, 12, 13}, 20, batch_size=batch_size, **options) == made
+    for i in (0, 4):
+        assert generate(model, [PROMPTS[i]], {11, 12, 13}, 20, streams=[i], **options) == [made[i]]
+        assert generate(model, [PROMPTS[i]], {11, 12, 13}, 20, streams=[i + 2**40], **options) != [made[i]]
+    assert generate(model, PROMPTS, {11, 12, 13}, 20, **options | {"seed": 8}) != made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picking a token
+
+EIGHTHS = torch.tensor([0.125, 0.5, 0.0, 0.25, 0.125])  # by token; every sum is exact
+
+
+def frequencies(probabilities: torch.Tensor, **options) -> list[float]:
+    """How often each token is picked, over draws that cover [0, 1) evenly: exact to a draw at either edge."""
+    draws = 4096
+    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
+    picked = pick(probabilities.log().expand(draws, -1), uniform, **options)
+    return (picked.bincount(minlength=len(probabilities)) / draws).tolist()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [1 / 8, 1 / 2, 0, 1 / 4, 1 / 8]),
+        ({"temperature": 0}, [0, 1, 0, 0, 0]),
+        ({"temperature": 0.5}, [1 / 22, 16 / 22, 0, 4 / 22, 1 / 22]),  # squares: 1 + 16 + 4 + 1 sixty-fourths
+        ({"temperature": 0.01}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e6}, [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4]),  # what is impossible stays so
+        ({"top_k": 1}, [0, 1, 0, 0, 0]),
+        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3, 0]),
+        ({"top_k": 4}, [1 / 8, 1 / 2, 0, 1 / 4, 1 / 8]),
+        ({"top_k": 99}, [1 / 8, 1 / 2, 0, 1 / 4, 1 / 8]),
+        ({"top_p": 0.01}, [0, 1, 0, 0, 0]),  # never fewer than one
+        ({"top_p": 0.5}, [0, 1, 0, 0, 0]),  # ½ reaches ½
+        ({"top_p": 0.501}, [0, 2 / 3, 0, 1 / 3, 0]),
+        ({"top_p": 0.75}, [0, 2 / 3, 0, 1 / 3, 0]),  # ½ + ¼ reaches ¾
+        ({"top_p": 0.9}, [1 / 8, 1 / 2, 0, 1 / 4, 1 / 8]),
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),  # of the two that are left, ⅔ reaches 0.6
+        ({"top_k": 2, "top_p": 0.7}, [0, 2 / 3, 0, 1 / 3, 0]),
+        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0, 0]),  # ¹⁶⁄₂₂ reaches 0.7: temperature comes first
+    ],
+    ids=str,
+)
+def test_pick_by_hand(options, expected):
+    assert frequencies(EIGHTHS, **options) == pytest.approx(expected, abs=2 / 4096)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.6}, {"top_p": 0.999}, {"top_k": 20, "top_p": 0.9}], ids=str)
+def test_pick_against_a_naive_filter(options):
+    """200 tokens, one loop: the likeliest until k or p is reached, renormalised."""
+    p = np.random.default_rng(0).dirichlet(np.full(200, 0.3))
+    order = np.argsort(-p)[: options.get("top_k") or None]
+    kept, reached = [], 0.0
+    for token in order:
+        if reached >= options.get("top_p", 1.0) * p[order].sum():
+            break
+        kept.append(token)
+        reached += p[token]
+    expected = np.zeros(200)
+    expected[kept] = p[kept] / reached
+    assert frequencies(torch.from_numpy(p).float(), **options) == pytest.approx(expected.tolist(), abs=2 / 4096)
+
+
+def test_pick_at_the_edges_of_a_draw():
+    """A draw of 0 falls on a possible token, the largest below 1 too, and one on an edge to the token above it."""
+    logits = torch.tensor([0.0, 0.5, 0.5, 0.0]).log()
+    draws = torch.tensor([0.0, np.nextafter(0.5, 0), 0.5, np.nextafter(1.0, 0)], dtype=torch.float64)
+    assert pick(logits.expand(4, -1), draws, 1.0, 1.0, 0).tolist() == [1, 1, 2, 2]
+    assert set(pick(logits.expand(4, -1), draws, 1.0, 0.99, 3).tolist()) == {1, 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = r"[a-z ,.]+"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """`sample.py` with these arguments in an empty folder → (status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
+        status = 0
+        try:
+            sample.main()
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else 1
+            if isinstance(e.code, str):
+                print(e.code, file=sys.stderr)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def write_jsonl(path: str, records: list[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_jsonl(path: str) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+FOX, OWL = "describe the fox .", "describe the owl and the gate ."
+ASKED = [
+    {"prompt": FOX, "id": "α-1", "generator": "none", "tags": [1, None]},
+    {"messages": [{"role": "user", "content": OWL}], "prompt_id": 7},
+    {"prompt": [{"role": "user", "content": FOX}], "messages": "ignored"},
+]
+
+
+def test_prompts_from_records(command):
+    """Every record is kept and gains `responses`; a prompt is answered alike as a string, as messages, and again."""
+    write_jsonl("asked.jsonl", ASKED)
+    assert command("--prompts", "asked.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "40")[0] == 0
+    answers = read_jsonl("answers.jsonl")
+    responses = [answer.pop("responses") for answer in answers]
+    assert answers == ASKED
+    assert all(len(mine) == 1 and re.fullmatch(WORDS, mine[0]) for mine in responses) and responses[0] == responses[2]
+
+
+def test_prompts_from_text(command):
+    """A prompt a line, blank ones skipped; printed where there is no --out. A form feed or U+2028 ends no line."""
+    Path("asked.txt").write_text(f"{FOX}\n\n{OWL}\x0c\u2028again\n\n", encoding="utf-8")
+    status, out, _ = command("--prompts", "asked.txt", "--prompt", "", "--max-new-tokens", "40")
+    assert status == 0 and [line for line in out.split("\n") if line and not line.startswith("  ")] == [FOX, f"{OWL}\x0c\u2028again"]
+    assert out.count("\n  ") == 3
+    command("--prompts", "asked.txt", "--out", "answers.jsonl", "--max-new-tokens", "40")
+    assert [list(answer) for answer in read_jsonl("answers.jsonl")] == [["prompt", "responses"]] * 2
+
+
+def test_several_samples(command):
+    """N per prompt, different from each other, and the same again whatever the batch size and the group they are decoded in."""
+    write_jsonl("asked.jsonl", ASKED * 4)
+    sampling = ["--prompts", "asked.jsonl", "--num-samples", "5", "--temperature", "1", "--max-new-tokens", "20"]
+    for batch_size in ("1", "7", "32"):
+        assert command(*sampling, "--batch-size", batch_size, "--out", f"{batch_size}.jsonl")[0] == 0
+    one, seven, all_at_once = (read_jsonl(f"{batch_size}.jsonl") for batch_size in (1, 7, 32))
+    assert one == seven == all_at_once and len(one) == 12
+    assert all(len(answer["responses"]) == 5 and len(set(answer["responses"])) > 1 for answer in one)
+    assert one[0]["responses"] != one[3]["responses"]  # the same prompt at another place
+    command(*sampling, "--seed", "1", "--out", "seed.jsonl")
+    assert read_jsonl("seed.jsonl") != one
+
+
+def test_overwriting_must_be_asked_for(command):
+    Path("answers.jsonl").write_text("precious")
+    status, _, error = command("--prompt", FOX, "--out", "answers.jsonl")
+    assert status == 2 and "--overwrite" in error and Path("answers.jsonl").read_text() == "precious"
+    assert command("--prompt", FOX, "--out", "answers.jsonl", "--overwrite", "--max-new-tokens", "5")[0] == 0
+    assert len(read_jsonl("answers.jsonl")) == 1
+
+
+USAGE = [
+    "--num-samples 2", "--num-samples 0 --temperature 1", "--temperature -1", "--temperature nan", "--top-p 0", "--top-p 1.1", "--top-k -1", "--seed -1",
+    "--seed 18446744073709551616", "--max-new-tokens 0", "--batch-size 0", "--chat --prompt x", "--chat --out x", "--prom x", "--dtype fp16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", USAGE)
+def test_usage_errors(arguments, command):
+    """Status 2 before anything is loaded; argparse's usage, then one line."""
+    status, out, error = command(*arguments.split())
+    assert status == 2 and not out and "sample.py: error: " in error.splitlines()[-1]
+
+
+UNUSABLE = [  # arguments, what the one line must name
+    ("--model nowhere --prompt x", "nowhere"),
+    ("--model empty --prompt x", "empty"),
+    ("--model qwen2 --prompt x", "qwen2/config.json: model_type"),
+    ("--model cut --prompt x", "cut/model.safetensors"),
+    ("--model small --prompt x", "small: the tokenizer has"),
+    ("--model cut", "nothing to answer"),
+    ("--prompts nowhere.txt", "nowhere.txt"),
+    ("--prompts nowhere.jsonl", "nowhere.jsonl"),
+    ("--prompts latin.txt", "latin.txt"),
+    ("--prompts blank.txt", "blank.txt"),
+    ("--prompts bare.jsonl", "bare.jsonl:2"),
+    ("--prompts broken.jsonl", "broken.jsonl:1"),
+    ("--prompts answered.jsonl", "answered.jsonl:1"),
+    ("--prompts system.jsonl", "system.jsonl:1"),
+    ("--prompts good.jsonl --chat-template none", "good.jsonl:1"),
+    ("--prompts good.jsonl --chat-template nowhere.jinja", "nowhere.jinja"),
+    ("--prompts good.jsonl --out nowhere/answers.jsonl", "nowhere/answers.jsonl"),
+]
+
+
+@pytest.mark.parametrize("arguments, named", UNUSABLE)
+def test_unusable_input(arguments, named, command):
+    """Status 1 and one line that names the file, and the line in it."""
+    Path("empty").mkdir()
+    for name, change in (("qwen2", {"model_type": "qwen2"}), ("small", {"vocab_size": 5}), ("cut", {})):
+        path = Path(shutil.copytree(ROOT / "toy" / "checkpoint", name), "config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    os.truncate("cut/model.safetensors", 2000)
+    Path("latin.txt").write_bytes("déjà".encode("latin-1"))
+    Path("blank.txt").write_text("\n \n")
+    Path("broken.jsonl").write_text("{")
+    write_jsonl("bare.jsonl", [{"prompt": FOX}, {"instruction": FOX}])
+    write_jsonl("answered.jsonl", [{"messages": [{"role": "user", "content": FOX}, {"role": "assistant", "content": "no ."}]}])
+    write_jsonl("system.jsonl", [{"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": FOX}]}])
+    write_jsonl("good.jsonl", [{"messages": [{"role": "user", "content": FOX}]}])
+    status, out, error = command(*arguments.split())
+    assert status == 1 and not out
+    assert error.startswith("sample.py: error: ") and error.count("\n") == 1 and named in error, error
+
+
+def test_chat_through_a_pipe():
+    """The real command: answers each line with the whole conversation in view, and leaves at the end of its input."""
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--chat", "--max-new-tokens", "30"], input=f"{FOX}\n{OWL}\n", capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    answers = done.stdout.split("\n> ")[1:]
+    assert len(answers) == 3 and re.fullmatch(WORDS + "\n", answers[0]) and re.fullmatch(WORDS + "\n", answers[1]) and not answers[2].strip()
+
+
+def test_chat_remembers_and_ends_with_an_empty_line(monkeypatch, capsys):
+    """Each turn's prompt is the conversation so far; what follows the empty line is never read."""
+    tokenizer = Tokenizer(ROOT / "toy" / "checkpoint")
+    asked, answer = [], tokenizer.encode_responses(["the fox sleeps ."])[0]
+
+    def decode(model, prompts, stop_ids, **options):
+        asked.append(tokenizer.backend.decode(prompts[0], skip_special_tokens=False))
+        yield from ((0, token, token in stop_ids) for token in answer)
+
+    monkeypatch.setattr(sample, "decode", decode)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FOX}\n{OWL}\n\n{FOX}\n"))
+    sample.chat(None, tokenizer, {})
+    first = f"<|user|> {FOX} <|end|> <|assistant|>"
+    assert asked == [first, f"{first} the fox sleeps . <|end|> <|user|> {OWL} <|end|> <|assistant|>"]
+    assert capsys.readouterr().out.count("the fox sleeps .") == 2
+
+
+def byte_tokenizer(folder: Path) -> Tokenizer:
+    """A token a byte, and one that ends a turn."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize("text, pieces", [("né", ["n", "é"]), ("€ 🦊!", ["€", " ", "🦊", "!"]), ("\ufffd?", ["\ufffd?"])])
+def test_chat_streams_whole_characters(text, pieces, monkeypatch, tmp_path):
+    """A character whose bytes are several tokens appears with its last one, never as a replacement mark before that."""
+    tokenizer = byte_tokenizer(tmp_path)
+    ids = tokenizer.encode_responses([text])[0]
+    monkeypatch.setattr(sample, "decode", lambda *args, **options: ((0, token, False) for token in ids))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *words, **options: printed.extend(words))
+    sample.chat(None, tokenizer, {})
+    assert [words for words in printed[1:] if words] == pieces
