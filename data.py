@@ -96,19 +96,25 @@ def local_path(name: str, kind: str, patterns: Iterable[str] = ("*",)) -> Path:
 
 
 def data_files(name: str) -> list[Path]:
-    """The files that `--data` names: one file, all data files of a folder, or `owner/name[:split][@revision]` on the hub."""
-    if Path(name).exists() or ":" not in name:
-        split, root = None, name
-    else:
-        head, _, revision = name.partition("@")
-        root, _, split = head.partition(":")
-        root += f"@{revision}" if revision else ""
-    wanted = [f"*{split or ''}*{suffix}" for suffix in SUFFIXES]
-    path = local_path(root, "dataset", wanted)
+    """The files that `--data` names: one file, all data files of a folder, or those of `owner/name[@revision]` on the hub.
+
+    `NAME:SPLIT` keeps the files named after the split (train-00000-of-00003.parquet is train) or in a folder that is. A
+    hub data set with several splits must be asked for one, lest somebody train on its test set."""
+    root, split = name, ""
+    if not Path(name).exists():
+        before, at, revision = name.partition("@")
+        root, _, split = before.partition(":")
+        root += at + revision
+    path = local_path(root, "dataset", [f"*{split}*{suffix}" for suffix in SUFFIXES])
     if path.is_file():
         return [path]
-    of_split = re.compile(rf"(^|[-_./]){re.escape(split)}([-_./]|$)" if split else "")
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES) and of_split.search(str(f.relative_to(path))))
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
+    splits = {f: re.sub(r"(-\d+-of-\d+(-\w+)?)?\.(jsonl|json|jsonl\.gz|parquet)$", "", f.name) for f in files}
+    names = sorted(set(splits.values()))
+    if split:
+        files = [f for f in files if split in (splits[f], *f.relative_to(path).parts[:-1])]
+    elif len(names) > 1 and not Path(name).exists():
+        raise DataError(f"{name}: holds several splits, {', '.join(names)}: pass one as {name}:SPLIT")
     if not files:
         raise DataError(f"{name}: no {', '.join(SUFFIXES)} file" + (f" of split {split!r}" if split else "") + f" in {path}")
     return files

@@ -186,10 +186,7 @@ def prompt_of(record: dict, where: str) -> str | data.Messages:
     field = "prompt" if record.get("prompt") is not None else "messages"
     if record.get(field) is None:
         raise DataError(f"{where}: no 'prompt' or 'messages' field")
-    prompt = data.check_prompt(record[field], where, field)
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise DataError(f"{where}: {field}: ends with the assistant's message, which is what should be sampled")
-    return prompt
+    return data.check_prompt(record[field], where, field)
 
 
 def chat(model: Llama, tokenizer: Tokenizer, options: dict) -> None:

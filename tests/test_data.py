@@ -117,14 +117,26 @@ def test_same_examples_from_every_kind_of_file(tmp_path, names):
 
 def test_splits_of_a_folder(tmp_path):
     """`FOLDER:train` must not train on the test split, nor take `train_extra` or `contest` for it by accident."""
-    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test.jsonl", "contest.jsonl", "notes.txt"):
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test.jsonl", "contest.jsonl", "train_extra.jsonl", "notes.txt"):
         write(tmp_path / name, [{"prompt": name, "chosen": "a", "rejected": "b"}])
     prompts = lambda split: [prompt for _, prompt, _ in read(f"{tmp_path}{split}")]
     assert prompts(":train") == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
     assert prompts(":test") == ["test.jsonl"]
-    assert len(prompts("")) == 4
+    assert len(prompts("")) == 5
     with pytest.raises(DataError, match="no .* file of split 'valid'"):
         prompts(":valid")
+
+
+def test_a_hub_data_set_with_several_splits_must_be_asked_for_one(monkeypatch, tmp_path):
+    """UltraFeedback's repository holds train_prefs beside test_prefs: all of it at once would train on the test set."""
+    import huggingface_hub
+
+    for name in ("train_prefs-00000-of-00001.parquet", "test_prefs-00000-of-00001.parquet"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(DataError, match="owner/name: holds several splits, test_prefs, train_prefs: pass one as owner/name:SPLIT"):
+        data.data_files("owner/name")
+    assert [f.name for f in data.data_files("owner/name:test_prefs@main")] == ["test_prefs-00000-of-00001.parquet"]
 
 
 def test_files_of_windows(tmp_path):

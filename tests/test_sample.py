@@ -60,7 +60,7 @@ def test_greedy_is_the_forward_pass_anew(family, batch_size, models):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_transformers_generate(family, models, tmp_path):
     """The same tokens from their cache and their stopping."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="4.56")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny.write(tmp_path, tiny.FAMILIES[family]), dtype=torch.float32)
     stop_ids = {11, 12, 13, 14}
     for prompt, tokens in zip(PROMPTS, generate(models[family], PROMPTS, stop_ids, 16)):

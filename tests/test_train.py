@@ -101,27 +101,33 @@ def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tm
         torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5)
 
 
-def test_loss_of_a_step_is_the_mean_over_its_pairs(monkeypatch, tmp_path):
-    """Against the model called by hand, one response at a time, outside of any packing and planning."""
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join((TOY / "heldout.jsonl").open().readlines()[:5]))
-    settings = {"data": few, "batch_size": 5, "beta": 2.0, "gamma_beta_ratio": 0.5}
-    [row] = run(monkeypatch, tmp_path / "run", **settings)
+def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
+    """Against the model called one response at a time, outside of any packing and planning: the mean over pairs, and for
+    SFT the mean over tokens."""
+    few = few_pairs(tmp_path)["data"]
+    flags = {"data": few, "batch_size": 15, "max_steps": 1, "beta": 2.0, "gamma_beta_ratio": 0.5, "microbatch_tokens": 200}
+    [simpo] = run(monkeypatch, tmp_path / "simpo", **flags)
+    [mixed] = run(monkeypatch, tmp_path / "mixed", sft_weight=0.3, **flags)
+    [sft] = run(monkeypatch, tmp_path / "sft", objective="sft", **flags)
     tokenizer, model = data.Tokenizer(TOY / "checkpoint"), llama.load(TOY / "checkpoint")
-    expected = 0.0
-    for line in few.read_text().splitlines():
-        record = json.loads(line)
-        average = {}
-        for which in ("chosen", "rejected"):
-            prompt = tokenizer.backend.encode(f"<|user|> {record['prompt']} <|end|> <|assistant|>").ids
-            ids = torch.tensor(prompt + tokenizer.backend.encode(record[which] + " <|end|>").ids)
-            everything = torch.arange(len(ids))
-            ends = torch.tensor([0, len(ids)], dtype=torch.int32)
-            hidden = model.model(ids, everything, llama.PackedAttention(everything, ends, ends))
-            logps = model.logits(hidden).log_softmax(-1)[:-1].gather(1, ids[1:, None])[len(prompt) - 1 :]
-            average[which] = logps.mean().item()
-        expected += math.log(1 + math.exp(1.0 - 2.0 * (average["chosen"] - average["rejected"]))) / 5
-    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def logps_of(prompt: str, response: str) -> torch.Tensor:
+        prompt_ids = tokenizer.backend.encode(f"<|user|> {prompt} <|end|> <|assistant|>").ids
+        ids = torch.tensor(prompt_ids + tokenizer.backend.encode(response + " <|end|>").ids)
+        everything, ends = torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32)
+        hidden = model.model(ids, everything, llama.PackedAttention(everything, ends, ends))
+        return model.logits(hidden).log_softmax(-1)[:-1].gather(1, ids[1:, None])[len(prompt_ids) - 1 :]
+
+    pairs = [json.loads(line) for line in few.read_text().splitlines()]
+    chosen = [logps_of(pair["prompt"], pair["chosen"]) for pair in pairs]
+    rejected = [logps_of(pair["prompt"], pair["rejected"]) for pair in pairs]
+    preference = sum(math.log(1 + math.exp(1 - 2 * float(w.mean() - l.mean()))) for w, l in zip(chosen, rejected)) / 15
+    likelihood = -float(torch.cat(chosen).mean())
+    assert simpo["loss"] == pytest.approx(preference, rel=1e-5)
+    assert sft["loss"] == pytest.approx(likelihood, rel=1e-5)
+    assert mixed["loss"] == pytest.approx(preference + 0.3 * likelihood, rel=1e-5)
+    assert simpo["lengths/chosen"] == pytest.approx(sum(map(len, chosen)) / 15)
+    assert simpo["logps/rejected"] == pytest.approx(sum(float(l.sum()) for l in rejected) / 15, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])
@@ -212,6 +218,25 @@ def test_a_template_passed_goes_into_the_folder(monkeypatch, tmp_path):
     assert saved.prompt_text("describe the fox .", "") == "describe the fox . <|user|> "
     assert saved.end_id == saved.backend.token_to_id("<|user|>")
     assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [0, saved.end_id]
+
+
+def test_a_real_checkpoint_and_real_pairs(monkeypatch, tmp_path):
+    """SmolLM2 on UltraFeedback-like pairs: parquet and JSONL give the same run, transformers the same logits."""
+    pairs, checkpoint = ROOT.parent / "shared" / "data" / "alpaca-eval-prefs", Path(os.environ.get("SIMPO_SMOLLM2", "absent"))
+    if not checkpoint.exists() or not pairs.exists():
+        pytest.skip("needs SIMPO_SMOLLM2=FOLDER with SmolLM2-135M-Instruct, and ../shared/data")
+    transformers = pytest.importorskip("transformers")
+    runs = [run(monkeypatch, tmp_path / suffix, model=checkpoint, data=pairs / f"test.{suffix}", max_length=96, max_prompt_length=48, batch_size=2,
+                max_steps=2, dtype="bf16", lr=1e-5) for suffix in ("jsonl", "parquet")]  # fmt: skip
+    assert losses(runs[0]) == losses(runs[1])
+    folder = tmp_path / "parquet" / "model"
+    ids = torch.tensor(data.Tokenizer(folder).encode_prompts(["The capital of France is"])[0])
+    everything, ends = torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32)
+    ours = llama.load(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = ours.logits(ours.model(ids, everything, llama.PackedAttention(everything, ends, ends)))
+        torch.testing.assert_close(logits, theirs(ids[None]).logits[0], rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
