@@ -80,13 +80,19 @@ def local_path(name: str, kind: str, patterns: Iterable[str] = ("*",)) -> Path:
 
     url = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
     try:
-        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=list(patterns)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, repo_type=kind, revision=revision or None, allow_patterns=list(patterns)
+            )
+        )
     except hub.HFValidationError:
         raise DataError(f"{name}: no such file or folder") from None
     except hub.GatedRepoError:
         raise DataError(f"{name}: gated on the hub: accept its terms at {url}, then run `hf auth login`") from None
     except hub.RepositoryNotFoundError:
-        raise DataError(f"{name}: no such file or folder here, and no such {kind} on the hub (or private: `hf auth login`)") from None
+        raise DataError(
+            f"{name}: no such file or folder here, and no such {kind} on the hub (or private: `hf auth login`)"
+        ) from None
     except hub.RevisionNotFoundError:
         raise DataError(f"{name}: the {kind} has no revision {revision!r} on the hub") from None
     except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as e:
@@ -116,7 +122,9 @@ def data_files(name: str) -> list[Path]:
     elif len(names) > 1 and not Path(name).exists():
         raise DataError(f"{name}: holds several splits, {', '.join(names)}: pass one as {name}:SPLIT")
     if not files:
-        raise DataError(f"{name}: no {', '.join(SUFFIXES)} file" + (f" of split {split!r}" if split else "") + f" in {path}")
+        raise DataError(
+            f"{name}: no {', '.join(SUFFIXES)} file" + (f" of split {split!r}" if split else "") + f" in {path}"
+        )
     return files
 
 
@@ -165,7 +173,9 @@ def _parse_json(raw: bytes, where: str) -> object:
     try:
         value = json.loads(raw.decode("utf-8-sig"))
         if re.search(rb"\\u[dD][89a-fA-F]", raw):
-            json.dumps(value, ensure_ascii=False).encode()  # fails where half of a surrogate pair stands alone: no tokenizer takes that
+            json.dumps(
+                value, ensure_ascii=False
+            ).encode()  # fails where half of a surrogate pair stands alone: no tokenizer takes that
         return value
     except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: not JSON: {e}") from None
@@ -196,7 +206,11 @@ def parse_record(record: dict, where: str, paired: bool = True) -> tuple[str, Ex
         if "messages" in has:
             kind, (prompt, response) = "messages", _split_messages(record["messages"], where, "messages")
         else:
-            kind, prompt, response = "completions", check_prompt(record["prompt"], where), _response(record["completion"], where, "completion")
+            kind, prompt, response = (
+                "completions",
+                check_prompt(record["prompt"], where),
+                _response(record["completion"], where, "completion"),
+            )
         if not response.strip():
             raise Dropped("an empty response")
         return kind, Example(prompt, (response,), where)
@@ -207,7 +221,9 @@ def parse_record(record: dict, where: str, paired: bool = True) -> tuple[str, Ex
         for key in ("chosen", "rejected"):
             if key not in has:
                 single = "" if paired else ", or messages, or prompt and completion"
-                raise DataError(f"{where}: no {key!r} field; expected chosen and rejected, or prompt, responses and scores{single}")
+                raise DataError(
+                    f"{where}: no {key!r} field; expected chosen and rejected, or prompt, responses and scores{single}"
+                )
         chosen, rejected = record["chosen"], record["rejected"]
         if type(chosen) is not type(rejected):
             raise DataError(f"{where}: chosen is a {type(chosen).__name__} and rejected a {type(rejected).__name__}")
@@ -269,14 +285,18 @@ def _from_messages(chosen: object, rejected: object, where: str) -> Example:
     prompt, chosen = _split_messages(chosen, where, "chosen")
     other, rejected = _split_messages(rejected, where, "rejected")
     if prompt != other:
-        raise DataError(f"{where}: chosen and rejected answer different prompts (they may differ in the last message only)")
+        raise DataError(
+            f"{where}: chosen and rejected answer different prompts (they may differ in the last message only)"
+        )
     return Example(prompt, (chosen, rejected), where)
 
 
 def _from_transcripts(chosen: str, rejected: str, where: str) -> Example:
     cut = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT_MARK)
     if cut < 0:
-        raise DataError(f"{where}: chosen and rejected share no prompt: there is no 'prompt' field, and no common text up to {ASSISTANT_MARK!r}")
+        raise DataError(
+            f"{where}: chosen and rejected share no prompt: there is no 'prompt' field, and no common text up to {ASSISTANT_MARK!r}"
+        )
     cut += len(ASSISTANT_MARK)
     if any("\n\nHuman:" in text[cut:] for text in (chosen, rejected)):
         raise Dropped("a conversation that goes on after the two part")
@@ -285,7 +305,12 @@ def _from_transcripts(chosen: str, rejected: str, where: str) -> Example:
 
 def _from_candidates(record: dict, where: str) -> Example:
     responses, scores = record["responses"], record["scores"]
-    if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores) or len(scores) < 2:
+    if (
+        not isinstance(responses, list)
+        or not isinstance(scores, list)
+        or len(responses) != len(scores)
+        or len(scores) < 2
+    ):
         raise DataError(f"{where}: responses and scores: expected two lists of one length, at least 2")
     if not all(isinstance(score, (int, float)) and score == score for score in scores):
         raise DataError(f"{where}: scores: expected numbers")
@@ -340,7 +365,9 @@ class Tokenizer:
         self.folder = folder
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise DataError(f"{path}: no such file (a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough)")
+            raise DataError(
+                f"{path}: no such file (a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough)"
+            )
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the Rust library raises a bare Exception
@@ -360,7 +387,9 @@ class Tokenizer:
         self.template = self._compile(source) if source else None
         self.tail = self._learn_end_of_turn() if self.template else ""
         if not self.stop_ids:
-            raise DataError(f"{folder}: no end-of-sequence token: none in generation_config.json, config.json, tokenizer_config.json or the template")
+            raise DataError(
+                f"{folder}: no end-of-sequence token: none in generation_config.json, config.json, tokenizer_config.json or the template"
+            )
         if not self.template:
             self.end_id = self._id(self.special.get("eos_token"))
             self.end_id = min(self.stop_ids) if self.end_id is None else self.end_id
@@ -431,7 +460,9 @@ class Tokenizer:
         eos = generation.get("eos_token_id", self._json("config.json").get("eos_token_id"))
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if self.end_id not in eos:
-            files["generation_config.json"] = json.dumps(generation | {"eos_token_id": [*eos, self.end_id]}, indent=2) + "\n"
+            files["generation_config.json"] = (
+                json.dumps(generation | {"eos_token_id": [*eos, self.end_id]}, indent=2) + "\n"
+            )
         return files
 
     # -- the template
@@ -444,12 +475,16 @@ class Tokenizer:
             raise jinja2.TemplateError(message)
 
         def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+            return json.dumps(
+                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
 
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = datetime.now().strftime  # the same moment, however long the run
-        environment.globals["dict"] = lambda *items, **more: dict(*items, **more)  # the type itself brings dict.update, which changes the data
+        environment.globals["dict"] = lambda *items, **more: dict(
+            *items, **more
+        )  # the type itself brings dict.update, which changes the data
         try:
             return environment.from_string(source)
         except jinja2.TemplateError as e:
@@ -457,23 +492,31 @@ class Tokenizer:
 
     def render(self, messages: Messages, where: str, generation_prompt: bool = False) -> str:
         try:
-            return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt, **self.special)
+            return self.template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt, **self.special
+            )
         except Exception as e:  # a template may fail in any way that Python may
-            raise DataError(f"{where}: the chat template refuses this conversation: {' '.join(str(e).split())}") from None
+            raise DataError(
+                f"{where}: the chat template refuses this conversation: {' '.join(str(e).split())}"
+            ) from None
 
     def _learn_end_of_turn(self) -> str:
         """What the template writes behind an assistant's last message; sets `end_id` to the token that opens it.
 
         Most write the end-of-turn token, some a newline after it, a few nothing at all: then EOS ends the turn."""
         content = "The content of this message."
-        turn = self.render([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}], str(self.folder))
+        turn = self.render(
+            [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}], str(self.folder)
+        )
         tail = turn.rpartition(content)[2]
         ids = self.backend.encode(tail, add_special_tokens=False).ids
         added = self.backend.get_added_tokens_decoder()
         ends = [i for i in ids if i in self.stop_ids] or [i for i in ids if i in added and added[i].special]
         end = ends[0] if ends else self._id(self.special.get("eos_token"))
         if end is None:
-            raise DataError(f"{self.folder}: the chat template ends a turn with {tail!r}, which holds no special token, and there is no EOS")
+            raise DataError(
+                f"{self.folder}: the chat template ends a turn with {tail!r}, which holds no special token, and there is no EOS"
+            )
         self.end_id = end
         self.stop_ids |= {end}
         return tail[max(0, tail.find(self.backend.id_to_token(end))) :]
@@ -484,10 +527,14 @@ class Tokenizer:
         """What the model reads before it answers, generation prompt included. A string is one user message where
         there is a template, and itself where there is none."""
         if self.template:
-            return self.render(as_messages(prompt) if isinstance(prompt, str) else prompt, where, generation_prompt=True)
+            return self.render(
+                as_messages(prompt) if isinstance(prompt, str) else prompt, where, generation_prompt=True
+            )
         if isinstance(prompt, str):
             return prompt
-        raise DataError(f"{where}: a list of messages needs a chat template, and {self.folder} has none: pass --chat-template FILE")
+        raise DataError(
+            f"{where}: a list of messages needs a chat template, and {self.folder} has none: pass --chat-template FILE"
+        )
 
     def response_text(self, prompt: str | Messages, prompt_text: str, response: str, where: str) -> str:
         """What the model would have to write after `prompt_text`, up to but without the end-of-turn token."""
@@ -499,7 +546,9 @@ class Tokenizer:
             response = response.strip() if prompt.endswith(ASSISTANT_MARK) else response  # as the turns before it
         whole = self.render([*messages, {"role": "assistant", "content": response}], where)
         if not whole.startswith(prompt_text):
-            raise DataError(f"{where}: the chat template renders the prompt differently once it is answered, so the response cannot be told from it")
+            raise DataError(
+                f"{where}: the chat template renders the prompt differently once it is answered, so the response cannot be told from it"
+            )
         return whole[len(prompt_text) :].removesuffix(self.tail)
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
@@ -517,7 +566,9 @@ class Tokenizer:
     def encode(self, examples: list[Example], max_length: int, max_prompt_length: int, counts: Counter) -> list[Tree]:
         """Trees within `max_length` tokens per path; adds what was cut or dropped, and why, to `counts`."""
         texts = [self.prompt_text(e.prompt, e.where) for e in examples]
-        answers = [self.response_text(e.prompt, text, r, e.where) for e, text in zip(examples, texts) for r in e.responses]
+        answers = [
+            self.response_text(e.prompt, text, r, e.where) for e, text in zip(examples, texts) for r in e.responses
+        ]
         encoded = iter(self.encode_responses(answers))
         trees = []
         for example, prompt in zip(examples, self.encode_prompts(texts)):
@@ -535,7 +586,9 @@ class Tokenizer:
             if len(responses) > 1 and responses[0] == responses[1]:
                 counts["dropped: chosen equal to rejected in what is left of them"] += 1
                 continue
-            trees.append(Tree(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), example.where))
+            trees.append(
+                Tree(np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses), example.where)
+            )
         return trees
 
 

@@ -263,6 +263,10 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight  # [V, D]
 
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] in float32."""
         return F.linear(hidden, self.head_weight).float()

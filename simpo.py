@@ -88,4 +88,6 @@ def _preference_nll(logits: Tensor, label_smoothing: float) -> Tensor:
 
 def _assert_same_shape(*tensors: Tensor) -> None:
     """Broadcasting [pairs] against [pairs, 1] would silently compare every pair with every other."""
-    assert len({t.shape for t in tensors}) == 1, f"one number per pair in each tensor, not {[tuple(t.shape) for t in tensors]}"
+    assert len({t.shape for t in tensors}) == 1, (
+        f"one number per pair in each tensor, not {[tuple(t.shape) for t in tensors]}"
+    )

@@ -60,26 +60,51 @@ def option(default, help: str, choices: tuple = ()):
 @dataclass
 class Settings:
     # what to train, on what
-    objective: str = option("simpo", "what to optimise; sft trains on the chosen responses alone", ("simpo", "dpo", "sft"))
-    model: str | None = option(None, "checkpoint: a Hugging Face folder, or a hub id NAME[@REVISION]; the toy's if absent")
-    data: str | None = option(None, "training pairs: .jsonl, .json, .jsonl.gz or .parquet, a folder of them, or a hub id NAME[:SPLIT][@REVISION]")
-    eval_data: str | None = option(None, "held-out pairs, read likewise; evaluated before the first step and after the last")
-    chat_template: str | None = option(None, "file with a jinja2 chat template to use instead of the checkpoint's; 'none' for plain text")
+    objective: str = option(
+        "simpo", "what to optimise; sft trains on the chosen responses alone", ("simpo", "dpo", "sft")
+    )
+    model: str | None = option(
+        None, "checkpoint: a Hugging Face folder, or a hub id NAME[@REVISION]; the toy's if absent"
+    )
+    data: str | None = option(
+        None,
+        "training pairs: .jsonl, .json, .jsonl.gz or .parquet, a folder of them, or a hub id NAME[:SPLIT][@REVISION]",
+    )
+    eval_data: str | None = option(
+        None, "held-out pairs, read likewise; evaluated before the first step and after the last"
+    )
+    chat_template: str | None = option(
+        None, "file with a jinja2 chat template to use instead of the checkpoint's; 'none' for plain text"
+    )
     max_length: int = option(2048, "tokens of a prompt and one response together; a longer response is cut at its end")
     max_prompt_length: int = option(1800, "tokens of a prompt; a longer one is cut at its start")
     # the objective
-    beta: float | None = option(None, "β, the scale of the reward: 2.0 for SimPO, 0.01 for DPO if absent (the paper tunes 2.0–10 and 0.01–0.1)")
-    gamma_beta_ratio: float = option(0.5, "SimPO's margin γ as a multiple of β, γ = ratio · β; 0 is the paper's ablation (the paper tunes 0.1–0.8)")
-    length_norm: bool = option(True, "SimPO: divide log-probabilities by response length; --no-length-norm is the paper's ablation")
+    beta: float | None = option(
+        None, "β, the scale of the reward: 2.0 for SimPO, 0.01 for DPO if absent (the paper tunes 2.0–10 and 0.01–0.1)"
+    )
+    gamma_beta_ratio: float = option(
+        0.5, "SimPO's margin γ as a multiple of β, γ = ratio · β; 0 is the paper's ablation (the paper tunes 0.1–0.8)"
+    )
+    length_norm: bool = option(
+        True, "SimPO: divide log-probabilities by response length; --no-length-norm is the paper's ablation"
+    )
     label_smoothing: float = option(0.0, "probability that a pair's label is wrong (conservative DPO), below 0.5")
     sft_weight: float = option(0.0, "add this times the mean negative log-likelihood of a chosen token")
-    reference: str = option("online", "DPO's reference: online keeps a frozen copy in memory; cached scores all pairs once, then frees it", ("online", "cached"))
+    reference: str = option(
+        "online",
+        "DPO's reference: online keeps a frozen copy in memory; cached scores all pairs once, then frees it",
+        ("online", "cached"),
+    )
     # optimisation
     batch_size: int = option(128, "pairs per optimizer step, over all processes and micro-batches")
     epochs: int = option(1, "passes over the training pairs")
     max_steps: int | None = option(None, "stop after this many steps")
     lr: float = option(1e-6, "peak learning rate of AdamW")
-    schedule: str = option("cosine", "learning rate after warm-up: falls to 0 along a cosine or a line, or stays", ("cosine", "linear", "constant"))
+    schedule: str = option(
+        "cosine",
+        "learning rate after warm-up: falls to 0 along a cosine or a line, or stays",
+        ("cosine", "linear", "constant"),
+    )
     warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises to its peak")
     adam_beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
     adam_beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients")
@@ -89,9 +114,15 @@ class Settings:
     seed: int = option(42, "decides the order of the pairs, together with the epoch and nothing else")
     # hardware
     device: str = option("auto", "cuda where there is one, else cpu", ("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "what is computed with: bf16 on cuda, fp32 on a cpu; master weights and the loss are always float32", ("auto", "bf16", "fp32"))
+    dtype: str = option(
+        "auto",
+        "what is computed with: bf16 on cuda, fp32 on a cpu; master weights and the loss are always float32",
+        ("auto", "bf16", "fp32"),
+    )
     microbatch_tokens: int = option(8192, "tokens per forward pass and process: the memory knob; changes nothing else")
-    activation_checkpointing: bool = option(True, "keep only each block's input for backward and compute the rest again: less memory, a third more work")
+    activation_checkpointing: bool = option(
+        True, "keep only each block's input for backward and compute the rest again: less memory, a third more work"
+    )
     # output
     out: str | None = option(None, "folder of the run; runs/OBJECTIVE-N with the first free N if absent")
     overwrite: bool = option(False, "replace a finished run in --out")
@@ -102,15 +133,26 @@ class Settings:
         return self.gamma_beta_ratio * self.beta
 
 
-SECTIONS = {"objective": "what to train, on what", "beta": "the objective", "batch_size": "optimisation", "device": "hardware", "out": "output"}
+SECTIONS = {
+    "objective": "what to train, on what",
+    "beta": "the objective",
+    "batch_size": "optimisation",
+    "device": "hardware",
+    "out": "output",
+}
 
 
 def read_settings(argv: list[str] | None = None) -> Settings:
     """Defaults, then the TOML file, then the flags. Exits with status 2 and one line on a usage error."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings, without the dashes before them")
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file with any of these settings, without the dashes before them"
+    )
     group = parser
     for f, kind in zip(fields(Settings), setting_types()):
         group = parser.add_argument_group(SECTIONS[f.name]) if f.name in SECTIONS else group
@@ -120,7 +162,9 @@ def read_settings(argv: list[str] | None = None) -> Settings:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             choices = f.metadata["choices"] or None
-            group.add_argument(flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), help=text)
+            group.add_argument(
+                flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), help=text
+            )
     flags = vars(parser.parse_args(argv))
     config = flags.pop("config", None)
     toy = not ({"model", "data"} & flags.keys() or config)
@@ -131,7 +175,9 @@ def read_settings(argv: list[str] | None = None) -> Settings:
     except ValueError as e:
         parser.error(str(e))
     if toy:
-        values |= {key: str(HERE / values[key]) for key in ("model", "data", "eval_data") if key in values and key not in flags}
+        values |= {
+            key: str(HERE / values[key]) for key in ("model", "data", "eval_data") if key in values and key not in flags
+        }
     settings = Settings(**values)
     if settings.beta is None:
         settings.beta = 0.01 if settings.objective == "dpo" else 2.0
@@ -143,7 +189,10 @@ def read_settings(argv: list[str] | None = None) -> Settings:
 def setting_types() -> list[type]:
     """int, float, str or bool for each setting; `X | None` is an X that may be left out."""
     hints = typing.get_type_hints(Settings)
-    return [next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not types.NoneType) for f in fields(Settings)]
+    return [
+        next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not types.NoneType)
+        for f in fields(Settings)
+    ]
 
 
 def read_toml(path: Path) -> dict:
@@ -175,20 +224,22 @@ def settings_problem(s: Settings) -> str | None:
             return f"{flag(f.name)}: {getattr(s, f.name)!r} is not one of {', '.join(f.metadata['choices'])}"
         if isinstance(getattr(s, f.name), float) and not math.isfinite(getattr(s, f.name)):
             return f"{flag(f.name)}: not a finite number"
-    for name in ("model", "data"):
-        if getattr(s, name) is None:
-            return f"{flag(name)} is missing (it goes with {flag('data' if name == 'model' else 'model')}; without both, the toy is trained)"
-    for name in ("beta", "batch_size", "epochs", "max_steps", "lr", "adam_eps", "max_grad_norm", "microbatch_tokens", "max_prompt_length"):
+    if s.model is None or s.data is None:
+        return "--model and --data go together; without both, the toy is trained"
+    if s.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: torch sees no CUDA device here"
+    positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length"
+    for name in positive.split():
         if getattr(s, name) is not None and getattr(s, name) <= 0:
             return f"{flag(name)}: expected a positive number"
-    for name in ("gamma_beta_ratio", "sft_weight", "weight_decay", "eval_every", "seed"):
+    for name in "gamma_beta_ratio sft_weight weight_decay eval_every seed".split():
         if getattr(s, name) < 0:
             return f"{flag(name)}: expected 0 or a positive number"
     for name, top in (("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
         if not 0 <= getattr(s, name) < top:
             return f"{flag(name)}: expected a number from 0 to below {top}"
     if s.max_prompt_length >= s.max_length:
-        return f"--max-prompt-length {s.max_prompt_length} leaves no room for a response within --max-length {s.max_length}"
+        return f"--max-prompt-length {s.max_prompt_length} leaves no room for a response in --max-length {s.max_length}"
     if s.eval_every and not s.eval_data:
         return "--eval-every goes with --eval-data"
     return None
@@ -201,8 +252,6 @@ def settings_problem(s: Settings) -> str | None:
 def start_processes(settings: Settings) -> tuple[torch.device, DeviceMesh]:
     """Join the group that torchrun described in the environment, or be a group of one."""
     kind = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: torch sees no CUDA device here")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -302,20 +351,23 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
 # Objective
 
 
-def response_logps(model: Llama, trees: list[Tree], device: torch.device) -> Tensor:
+def response_logps(model: Llama, trees: list[Tree]) -> Tensor:
     """Summed log-probability of every response, [pairs, responses], in nats."""
     packed = {name: torch.from_numpy(value) for name, value in data.pack(trees).items()}
-    on_device = {name: t if name in ("cu_q", "cu_k") else t.to(device, non_blocking=True) for name, t in packed.items()}
-    lengths = response_lengths(trees, device)
-    return torch.segment_reduce(model(**on_device), "sum", lengths=lengths.flatten()).view_as(lengths)
+    for name in packed.keys() - {"cu_q", "cu_k"}:  # these two stay on the CPU, see model.PackedAttention
+        packed[name] = packed[name].to(model.device, non_blocking=True)
+    lengths = response_lengths(model, trees)
+    return torch.segment_reduce(model(**packed), "sum", lengths=lengths.flatten()).view_as(lengths)
 
 
-def response_lengths(trees: list[Tree], device: torch.device) -> Tensor:
-    """[pairs, responses], in tokens."""
-    return torch.tensor([[len(r) for r in tree.responses] for tree in trees], device=device)
+def response_lengths(model: Llama, trees: list[Tree]) -> Tensor:
+    """[pairs, responses], in tokens, where the model is."""
+    return torch.tensor([[len(r) for r in tree.responses] for tree in trees], device=model.device)
 
 
-def pair_losses(settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def pair_losses(
+    settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of every pair and what to report of it, all [pairs]; the one place where the objective is chosen.
 
     logps, ref_logps: summed, in nats, [pairs, (chosen, rejected)]; lengths: in tokens, likewise."""
@@ -327,10 +379,17 @@ def pair_losses(settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: T
         return torch.zeros_like(logps[:, 0]), report
     if settings.objective == "simpo":
         losses, chosen, rejected = simpo_loss(
-            *logps.unbind(1), *lengths.unbind(1), settings.beta, settings.gamma, settings.label_smoothing, settings.length_norm
+            *logps.unbind(1),
+            *lengths.unbind(1),
+            settings.beta,
+            settings.gamma,
+            settings.label_smoothing,
+            settings.length_norm,
         )
     else:
-        losses, chosen, rejected = dpo_loss(*logps.unbind(1), *ref_logps.unbind(1), settings.beta, settings.label_smoothing)
+        losses, chosen, rejected = dpo_loss(
+            *logps.unbind(1), *ref_logps.unbind(1), settings.beta, settings.label_smoothing
+        )
     report |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
     report["rewards/accuracies"] = (chosen > rejected).float() + (chosen == rejected).float() / 2  # a tie is half right
     return losses, report
@@ -340,7 +399,12 @@ Reference = Callable[[list[Tree], list[int]], Tensor]  # (trees, their numbers i
 
 
 def run_pairs(
-    model: Llama, trees: list[Tree], numbers: list[int], settings: Settings, device: torch.device, reference: Reference | None, backward: bool
+    model: Llama,
+    trees: list[Tree],
+    numbers: list[int],
+    settings: Settings,
+    reference: Reference | None,
+    backward: bool,
 ) -> dict[str, float]:
     """Forward, and with `backward` also backward, over the pairs `numbers`; training and evaluation both.
 
@@ -356,36 +420,37 @@ def run_pairs(
         share = [batch[i] for i in mine]
         with torch.set_grad_enabled(backward):
             ref_logps = reference(share, [numbers[i] for i in mine]) if reference else None
-            logps, lengths = response_logps(model, share, device), response_lengths(share, device)
+            logps, lengths = response_logps(model, share), response_lengths(model, share)
             losses, report = pair_losses(settings, logps, lengths, ref_logps)
             loss = weight * (losses.sum() / len(batch) - sft_weight * logps[:, 0].sum() / chosen_tokens)
         if backward:
             (loss * world).backward()  # FSDP averages over processes; ours is a sum
-        for name, value in {"loss": loss.detach().double(), **{name: weight * v.double().sum() / len(batch) for name, v in report.items()}}.items():
+        means = {name: weight * value.double().sum() / len(batch) for name, value in report.items()}
+        for name, value in {"loss": loss.detach().double(), **means}.items():
             sums[name] = sums.get(name, 0) + value
     table = torch.stack(list(sums.values()))
     dist.all_reduce(table)
     return dict(zip(sums, table.tolist()))
 
 
-def online_reference(model: Llama, device: torch.device) -> Reference:
-    """Score pairs with a frozen copy when they are needed, before the policy's forward, whose activations then wait for nothing."""
+def online_reference(model: Llama) -> Reference:
+    """Score pairs with a frozen copy when they are needed: before the policy's forward, so that no activations wait."""
 
     @torch.no_grad()
     def score(trees: list[Tree], numbers: list[int]) -> Tensor:
-        return response_logps(model, trees, device)
+        return response_logps(model, trees)
 
     return score
 
 
-def cached_reference(model: Llama, trees: list[Tree], steps: list[np.ndarray], settings: Settings, device: torch.device) -> Reference:
+def cached_reference(model: Llama, trees: list[Tree], steps: list[np.ndarray], settings: Settings) -> Reference:
     """Score every pair of `steps` once, now, and look the numbers up later. The model can be freed afterwards.
 
     Goes through the very micro-batches that training will see, so that at step 0 policy and reference agree to the bit.
     """
-    table = torch.zeros(len(trees), 2, device=device)
-    seen = torch.zeros(len(trees), device=device)
-    online, rank = online_reference(model, device), dist.get_rank()
+    table = torch.zeros(len(trees), 2, device=model.device)
+    seen = torch.zeros(len(trees), device=model.device)
+    online, rank = online_reference(model), dist.get_rank()
     for step in progress(steps, "reference"):
         for shares in data.plan([len(trees[n]) for n in step], dist.get_world_size(), settings.microbatch_tokens):
             numbers = [int(step[i]) for i in shares[rank] or [0]]
@@ -410,7 +475,8 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     left = 1 - (step - warmup) / (steps - warmup)
-    return settings.lr * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[settings.schedule]
+    shape = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return settings.lr * shape[settings.schedule]
 
 
 def prepare_out(settings: Settings) -> Path:
@@ -442,15 +508,21 @@ def train_flops(config: Config, trees: list[Tree]) -> float:
     """Floating-point operations of forward and backward that the mathematics needs: 6 per weight and token, 12 per
     feature of a visible query-key pair; recomputation does not count, nor positions that meet no vocabulary."""
     c = config
-    block = c.hidden_size * (2 * c.num_attention_heads * c.head_dim + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
-    visible = sum(p * (p + 1) / 2 + sum(r * (p + (r + 1) / 2) for r in map(len, t.responses)) for t in trees for p in [len(t.prompt)])
-    predicted = sum(len(r) for t in trees for r in t.responses)
+    attention = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # rows of q, k, v, o
+    block = c.hidden_size * (attention + 3 * c.intermediate_size)
+    predicted, visible = 0, 0.0
+    for tree in trees:
+        p = len(tree.prompt)
+        visible += p * (p + 1) / 2
+        for r in map(len, tree.responses):
+            visible += r * (p + (r + 1) / 2)
+            predicted += r
     blocks = 6 * block * sum(map(len, trees)) + 12 * c.num_attention_heads * c.head_dim * visible
     return c.num_hidden_layers * blocks + 6 * c.vocab_size * c.hidden_size * predicted
 
 
 def speed(config: Config, trees: list[Tree], seconds: float, device: torch.device) -> dict[str, float]:
-    """Rates over all processes, and the share of the GPUs' peak that went into the mathematics (MFU; unknown on a CPU)."""
+    """Rates over all processes, and the share of known GPUs' peak that went into the mathematics (MFU)."""
     rates = {"tokens_per_second": sum(map(len, trees)) / seconds, "pairs_per_second": len(trees) / seconds}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
@@ -478,9 +550,12 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"train.py: error: {e}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError as e:  # on whichever process it happens
+        print(f"train.py: error: {e}\nlower --microbatch-tokens ({settings.microbatch_tokens})", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         if dist.get_rank() == 0:
-            print(f"\ntrain.py: interrupted; the weights of this run are not saved, what was measured is in {settings.out}", file=sys.stderr)
+            print(f"\ntrain.py: interrupted; weights are not saved, metrics are in {settings.out}", file=sys.stderr)
         sys.exit(130)
     finally:
         dist.destroy_process_group()
@@ -499,14 +574,23 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
     held_out, eval_counts = load_trees(settings.eval_data, tokenizer, settings) if settings.eval_data else ([], {})
     steps = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed)[: settings.max_steps]
     policy = build_model(weights, config, mesh, settings, trainable=True)
+    parameters = sum(p.numel() for p in policy.parameters())
 
     out = on_every_rank(lambda: prepare_out(settings) if dist.get_rank() == 0 else None)[0]
     metrics_file = None
     if dist.get_rank() == 0:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        record = {"settings": asdict(settings) | {"gamma": settings.gamma, "out": str(out)}, "source": str(source), "architecture": asdict(config),
-                  "parameters": sum(p.numel() for p in policy.parameters()), "steps": len(steps), "data": counts, "eval_data": eval_counts,
-                  "device": str(device), "processes": dist.get_world_size(), "versions": versions}  # fmt: skip
+        record = {
+            "settings": asdict(settings) | {"gamma": settings.gamma, "out": str(out)},
+            "source": str(source),
+            "architecture": asdict(config),
+            "parameters": parameters,
+            "data": counts,
+            "eval_data": eval_counts,
+            "steps": len(steps),
+            "processes": dist.get_world_size(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
         (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
         metrics_file = open(out / "metrics.jsonl", "w")
 
@@ -514,15 +598,17 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
     if settings.objective == "dpo":
         frozen = build_model(weights, config, mesh, settings, trainable=False)
         if settings.reference == "cached":
-            reference = cached_reference(frozen, trees, steps[: math.ceil(len(trees) / settings.batch_size)], settings, device)
+            first_epoch = steps[: math.ceil(len(trees) / settings.batch_size)]
+            reference = cached_reference(frozen, trees, first_epoch, settings)
             if held_out:
-                held_out_reference = cached_reference(frozen, held_out, [np.arange(len(held_out))], settings, device)
+                held_out_reference = cached_reference(frozen, held_out, [np.arange(len(held_out))], settings)
         else:
-            reference = held_out_reference = online_reference(frozen, device)
+            reference = held_out_reference = online_reference(frozen)
         del frozen
 
+    betas = settings.adam_beta1, settings.adam_beta2
     optimizer = torch.optim.AdamW(
-        policy.parameters(), settings.lr, (settings.adam_beta1, settings.adam_beta2), settings.adam_eps, settings.weight_decay, fused=True
+        policy.parameters(), settings.lr, betas, settings.adam_eps, settings.weight_decay, fused=True
     )
 
     def log(row: dict) -> None:
@@ -533,34 +619,47 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
     def evaluate(step: int) -> dict[str, float]:
         if not held_out:
             return {}
-        metrics = run_pairs(policy, held_out, list(range(len(held_out))), settings, device, held_out_reference, backward=False)
+        metrics = run_pairs(policy, held_out, list(range(len(held_out))), settings, held_out_reference, backward=False)
         log({"step": step} | {f"eval_{name}": value for name, value in metrics.items()})
         say(f"held out, after {step} steps:  {describe(metrics)}")
         return metrics
 
-    hyper = {"simpo": f" (β {settings.beta:g}, γ {settings.gamma:g})", "dpo": f" (β {settings.beta:g}, {settings.reference} reference)"}
-    say(f"{settings.objective}{hyper.get(settings.objective, '')}: {len(steps)} steps of {settings.batch_size} pairs, {dist.get_world_size()} × "
-        f"{device.type} in {settings.dtype}, {sum(p.numel() for p in policy.parameters()):,} parameters → {out}")  # fmt: skip
+    details = {
+        "simpo": f" with β {settings.beta:g} and γ {settings.gamma:g}",
+        "dpo": f" with β {settings.beta:g} and an {settings.reference} reference",
+    }
+    say(
+        f"{settings.objective}{details.get(settings.objective, '')}: {len(steps)} steps of {settings.batch_size} pairs, "
+        f"{parameters:,} parameters, {dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
+    )
     before = evaluate(0)
     # The loop. Every process is in every line of it; metrics are sums over all of them.
     for step, numbers in enumerate(bar := progress(steps, settings.objective)):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, len(steps))
-        metrics = run_pairs(policy, trees, numbers.tolist(), settings, device, reference, backward=True)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
-        grad_norm = float(grad_norm.full_tensor())
+        metrics = run_pairs(policy, trees, numbers.tolist(), settings, reference, backward=True)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        grad_norm = norm.full_tensor().item()  # of all shards
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             pairs = ", ".join(trees[n].where for n in numbers)
-            raise FloatingPointError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}; its pairs: {pairs}")
+            raise FloatingPointError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}; {pairs}")
         optimizer.step()
         optimizer.zero_grad()
-        row = {"step": step + 1, "epoch": min((step + 1) * settings.batch_size / len(trees), settings.epochs), **metrics, "learning_rate": optimizer.param_groups[0]["lr"],
-               "grad_norm": grad_norm, **speed(config, [trees[n] for n in numbers], time.perf_counter() - start, device),
-               "peak_memory_gib": peak_memory_gib(device)}  # fmt: skip
+        batch, seconds = [trees[n] for n in numbers], time.perf_counter() - start
+        row = {
+            "step": step + 1,
+            "epoch": min((step + 1) * settings.batch_size / len(trees), settings.epochs),
+            **metrics,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            **speed(config, batch, seconds, device),
+            "peak_memory_gib": peak_memory_gib(device),
+        }
         log(row)
         if bar.disable:
-            say(f"step {step + 1}/{len(steps)}  {describe(row)}  lr {row['learning_rate']:.2e}  {row['pairs_per_second']:.2f} pairs/s")
+            rates = f"lr {row['learning_rate']:.2e}  {row['pairs_per_second']:.2f} pairs/s"
+            say(f"step {step + 1}/{len(steps)}  {describe(row)}  {rates}")
         else:
             bar.set_postfix_str(describe(row))
         if settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < len(steps):
@@ -569,7 +668,9 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
 
     if dist.get_rank() == 0 and settings.overwrite:
         shutil.rmtree(out / "model", ignore_errors=True)
-    llama.save(policy, source, out / "model", weights.dtype, write=dist.get_rank() == 0, replace=tokenizer.changed_files())
+    llama.save(
+        policy, source, out / "model", weights.dtype, write=dist.get_rank() == 0, replace=tokenizer.changed_files()
+    )
     if dist.get_rank() == 0:
         print(report(source, out, tokenizer, held_out or trees, before, after))
 
@@ -579,8 +680,8 @@ def report(source: Path, out: Path, tokenizer: Tokenizer, trees: list[Tree], bef
     lines = []
     if "rewards/margins" in after:
         lines += [f"\nWhat was learnt, on {len(trees)} held-out pairs:"]
-        lines += [f"  reward accuracy  {100 * before['rewards/accuracies']:7.1f} %  →  {100 * after['rewards/accuracies']:.1f} %"]
-        lines += [f"  reward margin    {before['rewards/margins']:+7.3f}    →  {after['rewards/margins']:+.3f}"]
+        (a, b), (c, d) = ((m["rewards/accuracies"] * 100, m["rewards/margins"]) for m in (before, after))
+        lines += [f"  reward accuracy  {a:7.1f} %  →  {c:.1f} %", f"  reward margin    {b:+7.3f}    →  {d:+.3f}"]
     model, prompt = out / "model", "PROMPT"
     if sum(path.stat().st_size for path in model.glob("*.safetensors")) < 2**27:  # small enough to answer at once
         prompt = tokenizer.decode(trees[0].prompt.tolist())

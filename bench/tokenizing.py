@@ -52,7 +52,9 @@ def texts(name: str, tokenizer: Tokenizer) -> list[list[str]]:
     for i in range(0, len(examples), BATCH):
         batch = examples[i : i + BATCH]
         prompts = [tokenizer.prompt_text(e.prompt, e.where) for e in batch]
-        answers = [tokenizer.response_text(e.prompt, text, r, e.where) for e, text in zip(batch, prompts) for r in e.responses]
+        answers = [
+            tokenizer.response_text(e.prompt, text, r, e.where) for e, text in zip(batch, prompts) for r in e.responses
+        ]
         batches += [answers, prompts]
     return batches
 
@@ -66,9 +68,13 @@ def cpu() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint: its tokenizer and chat template")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="checkpoint: its tokenizer and chat template"
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="pairs, in any format that train.py reads")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each, of which the fastest counts (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="runs of each, of which the fastest counts (default: 5)"
+    )
     flags = parser.parse_args()
     tokenizer = Tokenizer(flags.model)
     batches = texts(flags.data, tokenizer)
@@ -80,7 +86,9 @@ def main() -> None:
             work()
             best[name] = min(best[name], time.perf_counter() - start)
     trees = ours(flags.data, tokenizer)
-    print(f"{date.today()}, {cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}, tokenizers {tokenizers.__version__}")
+    print(
+        f"{date.today()}, {cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}, tokenizers {tokenizers.__version__}"
+    )
     print(f"{len(trees)} pairs of {sum(map(len, trees)) / len(trees):.0f} tokens in the mean")
     for name, seconds in best.items():
         print(f"{name}  {len(trees) / seconds:8.0f} pairs/s  {best['library alone'] / seconds:6.0%}")

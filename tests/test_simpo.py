@@ -29,7 +29,9 @@ CHOSEN, REJECTED, CHOSEN_LENGTH, REJECTED_LENGTH = t(-3.0), t(-8.0), t(3.0), t(4
     ],
 )
 def test_simpo_by_hand(beta, gamma, normalized, rewards, loss):
-    losses, chosen, rejected = simpo_loss(CHOSEN, REJECTED, CHOSEN_LENGTH, REJECTED_LENGTH, beta, gamma, length_normalized=normalized)
+    losses, chosen, rejected = simpo_loss(
+        CHOSEN, REJECTED, CHOSEN_LENGTH, REJECTED_LENGTH, beta, gamma, length_normalized=normalized
+    )
     assert (chosen.item(), rejected.item()) == pytest.approx(rewards)
     assert losses.item() == pytest.approx(loss)
 
@@ -79,7 +81,9 @@ def test_gradient_carries_one_over_length(normalized, slopes):
     """At a logit of 0, σ is ½ and dL/d log π = ∓ ½ β / |y|: with β 2, −1/3 for 3 tokens and +1/4 for 4."""
     chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
     gamma = 2.0 if normalized else 10.0
-    losses, _, _ = simpo_loss(chosen, rejected, CHOSEN_LENGTH, REJECTED_LENGTH, 2.0, gamma, length_normalized=normalized)
+    losses, _, _ = simpo_loss(
+        chosen, rejected, CHOSEN_LENGTH, REJECTED_LENGTH, 2.0, gamma, length_normalized=normalized
+    )
     losses.sum().backward()
     assert (chosen.grad.item(), rejected.grad.item()) == pytest.approx(slopes)
 
@@ -125,7 +129,9 @@ def test_gradcheck(epsilon):
     logps = [(-10 * torch.rand(5, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(4)]
     lengths = [torch.randint(1, 9, (5,), generator=generator) for _ in range(2)]
     for normalized in (True, False):
-        assert torch.autograd.gradcheck(lambda c, r: simpo_loss(c, r, *lengths, 2.0, 1.0, epsilon, normalized)[0], logps[:2])
+        assert torch.autograd.gradcheck(
+            lambda c, r: simpo_loss(c, r, *lengths, 2.0, 1.0, epsilon, normalized)[0], logps[:2]
+        )
     assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, 0.5, epsilon)[0], logps)
 
 
@@ -134,10 +140,15 @@ def test_what_comes_back(dtype):
     """[pairs] each, in the dtype given; rewards without gradient; pairs do not touch each other."""
     logps = torch.tensor([-3.0, -5.0, -1.0], dtype=dtype, requires_grad=True)
     lengths = torch.tensor([3, 4, 1])
-    for losses, chosen, rejected in (simpo_loss(logps, logps - 1, lengths, lengths, 2.0, 1.0), dpo_loss(logps, logps, logps, logps - 1, 0.1)):
+    for losses, chosen, rejected in (
+        simpo_loss(logps, logps - 1, lengths, lengths, 2.0, 1.0),
+        dpo_loss(logps, logps, logps, logps - 1, 0.1),
+    ):
         assert all(x.shape == (3,) and x.dtype == dtype for x in (losses, chosen, rejected))
         assert losses.requires_grad and not chosen.requires_grad and not rejected.requires_grad
-    jacobian = torch.autograd.functional.jacobian(lambda x: simpo_loss(x, x.detach() - 1, lengths, lengths, 2.0, 1.0)[0], logps)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: simpo_loss(x, x.detach() - 1, lengths, lengths, 2.0, 1.0)[0], logps
+    )
     assert torch.equal(jacobian, jacobian.diag().diag())
 
 

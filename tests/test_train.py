@@ -21,7 +21,14 @@ TOY = ROOT / "toy"
 
 def arguments(out: Path, **flags) -> list[str]:
     """The command line of a short run on the toy."""
-    defaults = {"model": TOY / "checkpoint", "data": TOY / "heldout.jsonl", "batch_size": 7, "max_steps": 3, "lr": 1e-3, "out": out}
+    defaults = {
+        "model": TOY / "checkpoint",
+        "data": TOY / "heldout.jsonl",
+        "batch_size": 7,
+        "max_steps": 3,
+        "lr": 1e-3,
+        "out": out,
+    }
     words = []
     for name, value in (defaults | flags).items():
         flag = name.replace("_", "-")
@@ -70,9 +77,20 @@ SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "sft": {}}
 def two_processes(tmp_path_factory) -> Path:
     """The folder with a run of each of SPREAD on two processes with small micro-batches."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [arguments(folder / objective, objective=objective, microbatch_tokens=200, **few_pairs(folder), **flags) for objective, flags in SPREAD.items()]
+    runs = [
+        arguments(folder / objective, objective=objective, microbatch_tokens=200, **few_pairs(folder), **flags)
+        for objective, flags in SPREAD.items()
+    ]
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "tests" / "several_runs.py", folder / "runs.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        ROOT / "tests" / "several_runs.py",
+        folder / "runs.json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return folder
@@ -95,7 +113,9 @@ def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tm
         for a, b in zip(whole, other, strict=True):
             assert a.keys() == b.keys()
             shared = a.keys() - {"tokens_per_second", "pairs_per_second", "peak_memory_gib"}
-            assert {name: b[name] for name in shared} == pytest.approx({name: a[name] for name in shared}, rel=1e-5, abs=1e-6)
+            assert {name: b[name] for name in shared} == pytest.approx(
+                {name: a[name] for name in shared}, rel=1e-5, abs=1e-6
+            )
     weights = llama.load(tmp_path / "whole" / "model").state_dict()
     for name, weight in llama.load(two_processes / objective / "model").state_dict().items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5)
@@ -105,12 +125,20 @@ def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
     """Against the model called one response at a time, outside of any packing and planning: the mean over pairs, and for
     SFT the mean over tokens."""
     few = few_pairs(tmp_path)["data"]
-    flags = {"data": few, "batch_size": 15, "max_steps": 1, "beta": 2.0, "gamma_beta_ratio": 0.5, "microbatch_tokens": 200}
+    flags = {
+        "data": few,
+        "batch_size": 15,
+        "max_steps": 1,
+        "beta": 2.0,
+        "gamma_beta_ratio": 0.5,
+        "microbatch_tokens": 200,
+    }
     [simpo] = run(monkeypatch, tmp_path / "simpo", **flags)
     [mixed] = run(monkeypatch, tmp_path / "mixed", sft_weight=0.3, **flags)
     [sft] = run(monkeypatch, tmp_path / "sft", objective="sft", **flags)
     tokenizer, model = data.Tokenizer(TOY / "checkpoint"), llama.load(TOY / "checkpoint")
 
+    @torch.no_grad()
     def logps_of(prompt: str, response: str) -> torch.Tensor:
         prompt_ids = tokenizer.backend.encode(f"<|user|> {prompt} <|end|> <|assistant|>").ids
         ids = torch.tensor(prompt_ids + tokenizer.backend.encode(response + " <|end|>").ids)
@@ -177,8 +205,19 @@ def test_simpo_learns_and_the_folder_is_whole(monkeypatch, tmp_path):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
     assert evaluations[-1]["eval_rewards/margins"] > evaluations[0]["eval_rewards/margins"] + 0.2
     assert evaluations[-1]["eval_rewards/accuracies"] > evaluations[0]["eval_rewards/accuracies"]
-    names = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "pairs_per_second", "peak_memory_gib"}
-    names |= {f"{group}/{which}" for group in ("rewards", "logps", "avg_logps", "lengths") for which in ("chosen", "rejected")}
+    names = {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "pairs_per_second",
+        "peak_memory_gib",
+    }
+    names |= {
+        f"{group}/{which}" for group in ("rewards", "logps", "avg_logps", "lengths") for which in ("chosen", "rejected")
+    }
     assert rows[1].keys() == names | {"rewards/accuracies", "rewards/margins"}
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["settings"]["gamma"] == 3.0 and record["settings"]["dtype"] == "fp32"
@@ -217,12 +256,18 @@ def test_a_template_passed_goes_into_the_folder(monkeypatch, tmp_path):
     saved = data.Tokenizer(tmp_path / "run" / "model")
     assert saved.prompt_text("describe the fox .", "") == "describe the fox . <|user|> "
     assert saved.end_id == saved.backend.token_to_id("<|user|>")
-    assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [0, saved.end_id]
+    assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [
+        0,
+        saved.end_id,
+    ]
 
 
 def test_a_real_checkpoint_and_real_pairs(monkeypatch, tmp_path):
     """SmolLM2 on UltraFeedback-like pairs: parquet and JSONL give the same run, transformers the same logits."""
-    pairs, checkpoint = ROOT.parent / "shared" / "data" / "alpaca-eval-prefs", Path(os.environ.get("SIMPO_SMOLLM2", "absent"))
+    pairs, checkpoint = (
+        ROOT.parent / "shared" / "data" / "alpaca-eval-prefs",
+        Path(os.environ.get("SIMPO_SMOLLM2", "absent")),
+    )
     if not checkpoint.exists() or not pairs.exists():
         pytest.skip("needs SIMPO_SMOLLM2=FOLDER with SmolLM2-135M-Instruct, and ../shared/data")
     transformers = pytest.importorskip("transformers")
@@ -251,7 +296,10 @@ def test_a_real_checkpoint_and_real_pairs(monkeypatch, tmp_path):
         ({"objective": "ppo"}, "argument --objective: invalid choice: 'ppo' (choose from"),
         ({"label_smoothing": 0.5}, "--label-smoothing: expected a number from 0 to below 0.5"),
         ({"lr": "nan"}, "--lr: not a finite number"),
-        ({"max_length": 100, "max_prompt_length": 100}, "--max-prompt-length 100 leaves no room for a response within --max-length 100"),
+        (
+            {"max_length": 100, "max_prompt_length": 100},
+            "--max-prompt-length 100 leaves no room for a response in --max-length 100",
+        ),
         ({"eval_every": 5}, "--eval-every goes with --eval-data"),
         ({"leraning_rate": 1}, "unrecognized arguments: --leraning-rate=1"),
     ],
@@ -280,7 +328,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('model = "m"\ndata = "d"\nlr = 3\nbeta = 4.0\nbatch-size = 5\nlength_norm = false\n')
     settings = train.read_settings(["--config", str(recipe), "--beta", "6", "--length-norm"])
-    assert (settings.lr, settings.beta, settings.batch_size, settings.length_norm, settings.epochs) == (3.0, 6.0, 5, True, 1)
+    assert (settings.lr, settings.beta, settings.batch_size, settings.length_norm, settings.epochs) == (
+        3.0,
+        6.0,
+        5,
+        True,
+        1,
+    )
     assert settings.gamma == pytest.approx(3.0)
 
 
@@ -307,9 +361,18 @@ GOOD = {"prompt": "describe the fox .", "chosen": "the fox runs away .", "reject
         ("", "nothing to learn from: it is empty"),
         (json.dumps(GOOD) + "\n{oops\n", "pairs.jsonl:2: not JSON"),
         (json.dumps({"prompt": "x", "rejected": "y"}), "pairs.jsonl:1: no 'chosen' field"),
-        (json.dumps(GOOD | {"rejected": GOOD["chosen"]}), "nothing to learn from: 1 records, dropped: chosen equal to rejected (1); the first"),
-        (json.dumps(GOOD | {"chosen": ""}), "nothing to learn from: 1 records, dropped: an empty response (1); the first"),
-        (json.dumps(GOOD | {"prompt": [{"role": "system", "content": "x"}]}), "pairs.jsonl:1: the chat template refuses this conversation"),
+        (
+            json.dumps(GOOD | {"rejected": GOOD["chosen"]}),
+            "nothing to learn from: 1 records, dropped: chosen equal to rejected (1); the first",
+        ),
+        (
+            json.dumps(GOOD | {"chosen": ""}),
+            "nothing to learn from: 1 records, dropped: an empty response (1); the first",
+        ),
+        (
+            json.dumps(GOOD | {"prompt": [{"role": "system", "content": "x"}]}),
+            "pairs.jsonl:1: the chat template refuses this conversation",
+        ),
     ],
 )
 def test_bad_data(monkeypatch, capsys, tmp_path, content, line):
@@ -323,7 +386,13 @@ def test_bad_data(monkeypatch, capsys, tmp_path, content, line):
 
 def test_dropped_and_cut_are_counted(monkeypatch, capsys, tmp_path):
     long = " ".join(["the fox runs away ."] * 40)
-    pairs = write(tmp_path / "pairs.jsonl", GOOD, GOOD | {"chosen": GOOD["rejected"]}, GOOD | {"chosen": long}, GOOD | {"rejected": ""})
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        GOOD,
+        GOOD | {"chosen": GOOD["rejected"]},
+        GOOD | {"chosen": long},
+        GOOD | {"rejected": ""},
+    )
     run(monkeypatch, tmp_path / "run", data=pairs, max_length=100, max_prompt_length=50)
     counts = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
     assert counts == {"records": 4, "format: explicit": 2, "dropped: chosen equal to rejected": 1, "dropped: an empty response": 1,
@@ -344,7 +413,9 @@ def test_the_tokenizer_must_fit_the_embedding(monkeypatch, capsys, tmp_path):
 def test_a_finished_run_is_not_overwritten(monkeypatch, capsys, tmp_path):
     first = run(monkeypatch, tmp_path / "run", max_steps=1)
     weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
-    assert "holds a finished run: pass --overwrite" in fails(monkeypatch, capsys, tmp_path / "run", status=1, max_steps=1)
+    assert "holds a finished run: pass --overwrite" in fails(
+        monkeypatch, capsys, tmp_path / "run", status=1, max_steps=1
+    )
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == weights
     again = run(monkeypatch, tmp_path / "run", max_steps=1, overwrite=True, lr=1e-2)
     assert losses(again) == losses(first)

@@ -68,8 +68,17 @@ def write_untrained(folder: Path, seed: int) -> None:
         "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "silu",
         "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 0,
     }  # fmt: skip
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "unk_token": "<|unknown|>", "chat_template": TEMPLATE}
-    for name, value in {"config.json": config, "generation_config.json": {"eos_token_id": 0}, "tokenizer_config.json": settings}.items():
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "unk_token": "<|unknown|>",
+        "chat_template": TEMPLATE,
+    }
+    for name, value in {
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": 0},
+        "tokenizer_config.json": settings,
+    }.items():
         (source / name).write_text(json.dumps(value, indent=2) + "\n")
     torch.manual_seed(seed)
     model = Llama(Config.from_folder(source))
@@ -98,7 +107,9 @@ def label(candidates: list[dict], rng: Random) -> list[dict]:
     pairs = []
     for c in candidates:
         utility = [
-            world.score(c["prompt"], text) + 0.05 * (len(text.split()) - mean) / sd - 0.1 * math.log(-math.log(rng.random()))
+            world.score(c["prompt"], text)
+            + 0.05 * (len(text.split()) - mean) / sd
+            - 0.1 * math.log(-math.log(rng.random()))
             for text in c["responses"]
         ]
         chosen, rejected = (c["responses"][utility.index(pick(utility))] for pick in (max, min))
@@ -111,7 +122,9 @@ def sample_pairs(model: Path, folder: Path, seed: int, prompts: int, held_out: b
     """On-policy preference pairs: four samples a prompt at temperature 0.8, judged."""
     rng = Random(seed)
     name = "heldout" if held_out else "train"
-    write_jsonl(folder / f"{name}-prompts.jsonl", [{"prompt": world.make_prompt(rng, held_out)} for _ in range(prompts)])
+    write_jsonl(
+        folder / f"{name}-prompts.jsonl", [{"prompt": world.make_prompt(rng, held_out)} for _ in range(prompts)]
+    )
     run("sample.py", model=model, prompts=folder / f"{name}-prompts.jsonl", out=folder / f"{name}-candidates.jsonl", num_samples=4,
         temperature=0.8, max_new_tokens=MAX_NEW_TOKENS, seed=seed, batch_size=256)  # fmt: skip
     return label(read_jsonl(folder / f"{name}-candidates.jsonl"), rng)
@@ -119,7 +132,9 @@ def sample_pairs(model: Path, folder: Path, seed: int, prompts: int, held_out: b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="where checkpoint/ and the two files go (default: toy/)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, metavar="DIR", help="where checkpoint/ and the two files go (default: toy/)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--texts", type=int, default=20000, help="of the corpus (default: 20000)")
     parser.add_argument("--steps", type=int, default=600, help="of fine-tuning, 48 texts each (default: 600)")
