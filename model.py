@@ -133,10 +133,10 @@ NEUTRAL = {
 
 def read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
     """(theta, scaling) from either dialect; scaling is None or the four numbers of Llama 3.1's rule."""
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{path}: {key} is not an object")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"{path}: {key}: expected one flat object for all layers")
     numbers = {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
@@ -164,8 +164,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = x.float().pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()  # float32: squares overflow lower precisions
-        return (x.float() * scale).to(x.dtype) * self.weight
+        x32 = x.float()  # the sum of squares wants more bits than bfloat16 has
+        scale = x32.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return (x32 * scale).to(x.dtype) * self.weight
 
 
 def rotary_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,7 +343,9 @@ class PackedAttention:
         if n == m and (self.window is None or m <= self.window):
             return None
         if segment not in self.masks:
-            distance = torch.arange(m - n, m, device=self.key_index.device)[:, None] - torch.arange(m, device=self.key_index.device)
+            distance = torch.arange(m - n, m, device=self.key_index.device)[:, None] - torch.arange(
+                m, device=self.key_index.device
+            )
             self.masks[segment] = (distance >= 0) & (distance < (self.window or m))
         return self.masks[segment]
 
@@ -383,7 +386,7 @@ class Weights:
             for name in names:
                 dtype = handle.get_slice(name).get_dtype()
                 if dtype not in self.DTYPES:
-                    raise CheckpointError(f"{path}: {name} is {dtype}: only {', '.join(self.DTYPES)} are supported, not quantised weights")
+                    raise CheckpointError(f"{path}: {name} is {dtype}: only {', '.join(self.DTYPES)} are supported")
                 if not self.files:
                     self.dtype = self.DTYPES[dtype]
                 self.files[name] = (path, handle)
@@ -399,11 +402,17 @@ class Weights:
                 raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{hint}")
             return [path]
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(f, str) for f in weight_map.values())
+        ):
             raise CheckpointError(f"{index}: weight_map is missing, empty or not a map of tensor names to file names")
         for name in (names := sorted(set(weight_map.values()))):
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: weight_map: {name!r} is not the name of a safetensors file in this folder")
+                raise CheckpointError(
+                    f"{index}: weight_map: {name!r} is not the name of a safetensors file in this folder"
+                )
             if not (folder / name).exists():
                 raise CheckpointError(f"{folder / name}: no such file, though {index.name} names it")
         return [folder / name for name in names]
@@ -416,7 +425,10 @@ class Weights:
         extra = {n for n in self.files if n not in parameters and not n.endswith("rotary_emb.inv_freq")}
         if model.config.tie_word_embeddings:
             extra.discard("lm_head.weight")
-        for problem, names in (("missing", parameters.keys() - self.files.keys()), ("not a tensor of this model", extra)):
+        for problem, names in (
+            ("missing", parameters.keys() - self.files.keys()),
+            ("not a tensor of this model", extra),
+        ):
             if names:
                 few = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise CheckpointError(f"{self.where}: {problem}: {few}")
@@ -424,7 +436,9 @@ class Weights:
             path, handle = self.files[name]
             source = handle.get_slice(name)
             if tuple(source.get_shape()) != tuple(parameter.shape):
-                raise CheckpointError(f"{path}: {name} has shape {source.get_shape()}, config.json says {list(parameter.shape)}")
+                raise CheckpointError(
+                    f"{path}: {name} has shape {source.get_shape()}, config.json says {list(parameter.shape)}"
+                )
             start, stop = local_rows(parameter)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             with torch.no_grad():

@@ -64,7 +64,8 @@ class KVCache:
             self.k[layer, rows, :, positions] = k
             self.v[layer, rows, :, positions] = v
             keys, values = (cache[layer, : len(rows), :, :longest] for cache in (self.k, self.v))
-            return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=True)[:, :, 0]
+            q = q.unflatten(1, (keys.shape[1], -1))  # query heads that share a key head stand as its queries
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
 
         return attend
 
@@ -103,8 +104,16 @@ def decode(
     for the next. temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off. `streams`: the name of each prompt's stream
     of random numbers, its number by default."""
     weight = model.head_weight
-    waiting = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # a step costs what its longest row costs
-    cache = KVCache(model.config, min(batch_size, len(prompts)), max(map(len, prompts)) + max_new_tokens, weight.device, weight.dtype)
+    waiting = iter(
+        sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    )  # a step costs what its longest row costs
+    cache = KVCache(
+        model.config,
+        min(batch_size, len(prompts)),
+        max(map(len, prompts)) + max_new_tokens,
+        weight.device,
+        weight.dtype,
+    )
     rows: list[Row] = []
     while True:
         fresh = len(rows)
@@ -124,7 +133,10 @@ def decode(
             for row in rows:
                 row.position += 1
             tokens, positions = (row.token for row in rows), (row.position for row in rows)
-            attend, last = cache.step(torch.tensor([row.position for row in rows], device=weight.device)), np.arange(len(rows))
+            attend, last = (
+                cache.step(torch.tensor([row.position for row in rows], device=weight.device)),
+                np.arange(len(rows)),
+            )
         tokens, positions = (torch.tensor(list(x), device=weight.device) for x in (tokens, positions))
         logits = model.logits(model.model(tokens, positions, attend)[last])
         draws = torch.tensor([rows[j].uniforms[rows[j].made] for j in current], device=weight.device)
@@ -157,7 +169,9 @@ def pick(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_k:
     return (picked if ids is None else ids.gather(1, picked))[:, 0]
 
 
-def generate(model: Llama, prompts: list[list[int]], stop_ids: set[int], max_new_tokens: int, **options) -> list[list[int]]:
+def generate(
+    model: Llama, prompts: list[list[int]], stop_ids: set[int], max_new_tokens: int, **options
+) -> list[list[int]]:
     """The new tokens of every prompt, its stop token included if it came to one; options as for `decode`."""
     made: list[list[int]] = [[] for _ in prompts]
     for number, token, _ in decode(model, prompts, stop_ids, max_new_tokens, **options):
@@ -217,23 +231,67 @@ def chat(model: Llama, tokenizer: Tokenizer, options: dict) -> None:
 
 
 def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", default=str(HERE / "toy" / "checkpoint"), metavar="DIR", help="Hugging Face folder, or a hub id NAME[@REVISION] (default: the toy's)")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--prompts", metavar="FILE", help=".txt with a prompt a line, or records with `prompt` or `messages` (.jsonl, .json, .parquet)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model",
+        default=str(HERE / "toy" / "checkpoint"),
+        metavar="DIR",
+        help="Hugging Face folder, or a hub id NAME[@REVISION] (default: the toy's)",
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=".txt with a prompt a line, or records with `prompt` or `messages` (.jsonl, .json, .parquet)",
+    )
     parser.add_argument("--chat", action="store_true", help="converse in the terminal")
-    parser.add_argument("--out", metavar="FILE.jsonl", help="write one object a prompt: its record and `responses`; else print")
+    parser.add_argument(
+        "--out", metavar="FILE.jsonl", help="write one object a prompt: its record and `responses`; else print"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="responses per prompt (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, 1 the model's own distribution (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P of the probability (default: 1, all)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest response, in tokens (default: 512)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 is greedy, 1 the model's own distribution (default: 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens that make up P of the probability (default: 1, all)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest response, in tokens (default: 512)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences decoded at once (default: 32)")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 on cuda, fp32 on a cpu (default: auto)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda where there is one, else cpu (default: auto)")
-    parser.add_argument("--chat-template", metavar="FILE", help="jinja2 chat template to use instead of the checkpoint's; 'none' for plain text")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="sequences decoded at once (default: 32)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 on cuda, fp32 on a cpu (default: auto)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="cuda where there is one, else cpu (default: auto)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="jinja2 chat template to use instead of the checkpoint's; 'none' for plain text",
+    )
     flags = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         if getattr(flags, name) < 1:
@@ -273,13 +331,17 @@ def sample(flags: argparse.Namespace) -> None:
             raise DataError("nothing to answer: pass --prompt, --prompts or --chat")
         records = [("", {"prompt": "describe the fox and the moon ."})]
     asked = [prompt_of(record, where) for where, record in records]
-    prompts = tokenizer.encode_prompts([tokenizer.prompt_text(prompt, where) for prompt, (where, _) in zip(asked, records)])
+    prompts = tokenizer.encode_prompts(
+        [tokenizer.prompt_text(prompt, where) for prompt, (where, _) in zip(asked, records)]
+    )
     for (where, _), ids in zip(records, prompts):
         if not ids:
             raise DataError(f"{where}: an empty prompt")
     tokenizer.check_fits(Config.from_folder(source).vocab_size)
     model = llama.load(source, device, dtype)
-    options = {name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "batch_size")}
+    options = {
+        name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "batch_size")
+    }
     if flags.chat:
         return chat(model, tokenizer, options)
 
@@ -298,7 +360,7 @@ def sample(flags: argparse.Namespace) -> None:
         for i, ((_, record), prompt) in enumerate(zip(records[start : start + group], asked[start:])):
             mine = responses[i * n : (i + 1) * n]
             if out:
-                out.write(json.dumps(record | {"responses": mine}, ensure_ascii=False) + "\n")
+                out.write(json.dumps(record | {"responses": mine}, ensure_ascii=False, default=str) + "\n")
                 out.flush()
             else:
                 for response in mine:

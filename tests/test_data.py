@@ -55,14 +55,34 @@ ULTRAFEEDBACK = [
 PAIRS = [
     ("messages", ULTRAFEEDBACK[0], [user("Hi")], ("Hello, näive 🙂 friend.", "No.")),
     ("messages", ULTRAFEEDBACK[1], TURNS, ("See you.", "What?")),
-    ("messages", {"chosen": [user("Hi") | {"name": "Ann"}, assistant("a")], "rejected": [user("Hi"), assistant("b")]}, [user("Hi")], ("a", "b")),
+    (
+        "messages",
+        {"chosen": [user("Hi") | {"name": "Ann"}, assistant("a")], "rejected": [user("Hi"), assistant("b")]},
+        [user("Hi")],
+        ("a", "b"),
+    ),
     ("explicit", {"prompt": "Hi", "chosen": "a", "rejected": "b"}, "Hi", ("a", "b")),
     ("explicit", {"prompt": TURNS, "chosen": "a", "rejected": "b"}, TURNS, ("a", "b")),
     ("explicit", {"prompt": TURNS, "chosen": [assistant("a")], "rejected": [assistant("b")]}, TURNS, ("a", "b")),
     ("explicit", {"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]}, "Hi", ("a", "b")),
-    ("transcripts", {"chosen": TRANSCRIPT + " See you.", "rejected": TRANSCRIPT + " See?"}, TRANSCRIPT, (" See you.", " See?")),
-    ("candidates", {"prompt": "Hi", "responses": ["so so", "worst", "best"], "scores": [1, 0.5, 3]}, "Hi", ("best", "worst")),
-    ("candidates", {"prompt": TURNS, "responses": [[assistant("b")], [assistant("a")]], "scores": [0, 1]}, TURNS, ("a", "b")),
+    (
+        "transcripts",
+        {"chosen": TRANSCRIPT + " See you.", "rejected": TRANSCRIPT + " See?"},
+        TRANSCRIPT,
+        (" See you.", " See?"),
+    ),
+    (
+        "candidates",
+        {"prompt": "Hi", "responses": ["so so", "worst", "best"], "scores": [1, 0.5, 3]},
+        "Hi",
+        ("best", "worst"),
+    ),
+    (
+        "candidates",
+        {"prompt": TURNS, "responses": [[assistant("b")], [assistant("a")]], "scores": [0, 1]},
+        TURNS,
+        ("a", "b"),
+    ),
 ]
 SINGLES = [
     ("messages", {"messages": [*TURNS, assistant("See you.")]}, TURNS, "See you."),
@@ -104,7 +124,10 @@ def read(name: Path | str) -> list[tuple]:
     return [(kind, example.prompt, example.responses) for kind, example in parsed]
 
 
-@pytest.mark.parametrize("names", [["a.jsonl"], ["a.json"], ["a.jsonl.gz"], ["a.parquet"], ["a.jsonl.gz", "b.parquet"], ["a.json", "b.jsonl"]])
+@pytest.mark.parametrize(
+    "names",
+    [["a.jsonl"], ["a.json"], ["a.jsonl.gz"], ["a.parquet"], ["a.jsonl.gz", "b.parquet"], ["a.json", "b.jsonl"]],
+)
 def test_same_examples_from_every_kind_of_file(tmp_path, names):
     """The same pairs as downloaded (parquet), as exported (json) or in shards must train the same model."""
     for name, records in zip(names, [ULTRAFEEDBACK] if len(names) == 1 else ([r] for r in ULTRAFEEDBACK)):
@@ -117,7 +140,14 @@ def test_same_examples_from_every_kind_of_file(tmp_path, names):
 
 def test_splits_of_a_folder(tmp_path):
     """`FOLDER:train` must not train on the test split, nor take `train_extra` or `contest` for it by accident."""
-    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test.jsonl", "contest.jsonl", "train_extra.jsonl", "notes.txt"):
+    for name in (
+        "train-00000-of-00002.jsonl",
+        "train-00001-of-00002.jsonl",
+        "test.jsonl",
+        "contest.jsonl",
+        "train_extra.jsonl",
+        "notes.txt",
+    ):
         write(tmp_path / name, [{"prompt": name, "chosen": "a", "rejected": "b"}])
     prompts = lambda split: [prompt for _, prompt, _ in read(f"{tmp_path}{split}")]
     assert prompts(":train") == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
@@ -134,7 +164,9 @@ def test_a_hub_data_set_with_several_splits_must_be_asked_for_one(monkeypatch, t
     for name in ("train_prefs-00000-of-00001.parquet", "test_prefs-00000-of-00001.parquet"):
         (tmp_path / name).touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(DataError, match="owner/name: holds several splits, test_prefs, train_prefs: pass one as owner/name:SPLIT"):
+    with pytest.raises(
+        DataError, match="owner/name: holds several splits, test_prefs, train_prefs: pass one as owner/name:SPLIT"
+    ):
         data.data_files("owner/name")
     assert [f.name for f in data.data_files("owner/name:test_prefs@main")] == ["test_prefs-00000-of-00001.parquet"]
 
@@ -154,8 +186,21 @@ def test_empty_file_holds_no_records(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers and templates as real checkpoints have them, small
 
-TEXTS = ["Hello, hello. Say hello again, and again?", "user assistant system [INST] [/INST]", "You say: no.\n\nI say: yes.\n\n\nHello."] * 3
-SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+TEXTS = [
+    "Hello, hello. Say hello again, and again?",
+    "user assistant system [INST] [/INST]",
+    "You say: no.\n\nI say: yes.\n\n\nHello.",
+] * 3
+SPECIAL = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 
 
 @functools.cache
@@ -163,11 +208,19 @@ def byte_level(prefix_space: bool = False) -> str:
     """The file of a tokenizer of Llama 3's kind: BPE on bytes, with its regular expression, BOS put before every text."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    split, to_bytes = pre_tokenizers.Split(tokenizers.Regex(words), "isolated"), pre_tokenizers.ByteLevel(prefix_space, use_regex=False)
+    split, to_bytes = (
+        pre_tokenizers.Split(tokenizers.Regex(words), "isolated"),
+        pre_tokenizers.ByteLevel(prefix_space, use_regex=False),
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, to_bytes]), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
+    tokenizer.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
     return tokenizer.to_str()
 
 
@@ -180,14 +233,20 @@ def sentencepiece(form: str) -> str:
     pieces.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False))
     model = json.loads(pieces.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = tokenizers.Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.add_special_tokens(SPECIAL[:3])
     if form == "Prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
     return tokenizer.to_str()
 
 
@@ -207,9 +266,7 @@ ZEPHYR = """{% for m in messages %}
 {% endfor %}"""
 
 CONVERSATION, ANSWER = [user("Say hello."), assistant("Hello."), user("And again?")], "Yes, hello."
-CHATML_PROMPT = (
-    "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nAnd again?<|im_end|>\n<|im_start|>assistant\n"
-)
+CHATML_PROMPT = "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nAnd again?<|im_end|>\n<|im_start|>assistant\n"
 LLAMA3_PROMPT = (
     "<s><|start_header_id|>user<|end_header_id|>\n\nSay hello.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nAnd again?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -241,10 +298,14 @@ def transformers_tokenizer(folder: Path, template: str, eos: str):
     """The peer's view of the same files."""
     transformers = pytest.importorskip("transformers")
     file = str(folder / "tokenizer.json")
-    return transformers.PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token=eos, chat_template=template)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_file=file, bos_token="<s>", eos_token=eos, chat_template=template
+    )
 
 
-def encode(tokenizer: Tokenizer, prompt: str | list[dict], *responses: str, max_length=10**6, max_prompt_length=10**5) -> tuple:
+def encode(
+    tokenizer: Tokenizer, prompt: str | list[dict], *responses: str, max_length=10**6, max_prompt_length=10**5
+) -> tuple:
     """Ids of the prompt, ids of every response, counts of what was cut."""
     counts: Counter = Counter()
     [tree] = tokenizer.encode([Example(prompt, responses, "pairs.jsonl:7")], max_length, max_prompt_length, counts)
@@ -292,7 +353,9 @@ BOS_CASES = [  # template, prompt, how many BOS
 ]
 
 
-@pytest.mark.parametrize("backend, argument", [(byte_level, False), (sentencepiece, "Prepend"), (sentencepiece, "Metaspace")])
+@pytest.mark.parametrize(
+    "backend, argument", [(byte_level, False), (sentencepiece, "Prepend"), (sentencepiece, "Metaspace")]
+)
 @pytest.mark.parametrize("template, prompt, expected", BOS_CASES)
 def test_one_bos(tmp_path, backend, argument, template, prompt, expected):
     """princeton-nlp/SimPO#21, axolotl#1616: the template rendered BOS, and the tokenizer put another one before it."""
@@ -303,7 +366,10 @@ def test_one_bos(tmp_path, backend, argument, template, prompt, expected):
     assert not any(bos in response for response in responses)
 
 
-@pytest.mark.parametrize("template, prompt, response", [(None, "Say ", "hello."), (None, "Say hel", "lo."), (CHATML, "Say hello.", "\n\nHello.")])
+@pytest.mark.parametrize(
+    "template, prompt, response",
+    [(None, "Say ", "hello."), (None, "Say hel", "lo."), (CHATML, "Say hello.", "\n\nHello.")],
+)
 def test_no_merge_crosses_the_boundary(tmp_path, template, prompt, response):
     """trl#1153, #2054: "Say " + "hello" encoded as one text is "Say" + " hello", so the prompt that was trained on is not
     the one that is given when the model answers, nor the same for chosen and rejected."""
@@ -318,7 +384,10 @@ def test_no_merge_crosses_the_boundary(tmp_path, template, prompt, response):
 
 
 @pytest.mark.parametrize("response", ["lo, hello.", " Hello.", "\nHello.", "\n\n again", "né 🙂", "[INST]"])
-@pytest.mark.parametrize("backend, argument", [(byte_level, False), (byte_level, True), (sentencepiece, "Prepend"), (sentencepiece, "Metaspace")])
+@pytest.mark.parametrize(
+    "backend, argument",
+    [(byte_level, False), (byte_level, True), (sentencepiece, "Prepend"), (sentencepiece, "Metaspace")],
+)
 def test_a_response_continues_the_text(tmp_path, backend, argument, response):
     """Sentencepiece puts a space before every text. A response encoded alone gets one too, and a Llama 2 trained on it
     answers with two spaces, or with a space in the middle of a word. Newlines must survive whatever prevents it."""
@@ -347,7 +416,9 @@ def test_truncation(tmp_path, responses, max_length, max_prompt_length, cut):
     prompt, whole responses lost and 0 divided by 0. Only what does not fit is cut here, and nothing becomes empty."""
     tokenizer = checkpoint(tmp_path, "Llama 3")
     whole_prompt, whole_responses, _ = encode(tokenizer, LONG, *responses)
-    prompt, responses, counts = encode(tokenizer, LONG, *responses, max_length=max_length, max_prompt_length=max_prompt_length)
+    prompt, responses, counts = encode(
+        tokenizer, LONG, *responses, max_length=max_length, max_prompt_length=max_prompt_length
+    )
     assert counts == cut
     assert len(prompt) == min(len(whole_prompt), max_prompt_length)
     assert prompt == whole_prompt[:1] + whole_prompt[len(whole_prompt) - len(prompt) + 1 :]
@@ -393,7 +464,15 @@ def test_pairs_that_cannot_teach_are_dropped_and_counted(tmp_path, prompt, respo
         ("</s>", {"eos_token_id": [7]}, {}, None, {2, 7}, 2, [7, 2]),
         (None, {"eos_token_id": [7, 2]}, {}, None, {2, 7}, 2, None),
         (None, {}, {"eos_token_id": 2}, None, {2}, 2, None),
-        (None, {}, {"eos_token_id": 2}, ZEPHYR.replace("eos_token", "''"), None, None, None),  # the template marks no end
+        (
+            None,
+            {},
+            {"eos_token_id": 2},
+            ZEPHYR.replace("eos_token", "''"),
+            None,
+            None,
+            None,
+        ),  # the template marks no end
     ],
 )
 def test_end_of_turn(tmp_path, eos, generation, config, template, stops, end, learnt):
@@ -449,7 +528,9 @@ def test_hostile_template(tmp_path, template, message):
     prompt = [user("Hi"), assistant("Hello."), user("Bye")]
     guarded = "{% if messages | length > 2 %}" + template + "{% endif %}" + SHOW
     tokenizer = Tokenizer(write_checkpoint(tmp_path, byte_level(), guarded, "</s>"))
-    with pytest.raises(DataError, match=f"^pairs.jsonl:7: the chat template refuses this conversation: .*{message}") as error:
+    with pytest.raises(
+        DataError, match=f"^pairs.jsonl:7: the chat template refuses this conversation: .*{message}"
+    ) as error:
         encode(tokenizer, prompt, "Yes.")
     assert "\n" not in str(error.value)
     assert prompt == [user("Hi"), assistant("Hello."), user("Bye")]
@@ -457,14 +538,19 @@ def test_hostile_template(tmp_path, template, message):
 
 def test_template_that_refuses_a_conversation(tmp_path):
     """One record of 60,000 with a system message, which Mistral's template forbids: the user must learn which one."""
-    with pytest.raises(DataError, match=r"^pairs.jsonl:7: the chat template refuses this conversation: Roles must alternate user/assistant"):
+    with pytest.raises(
+        DataError,
+        match=r"^pairs.jsonl:7: the chat template refuses this conversation: Roles must alternate user/assistant",
+    ):
         encode(checkpoint(tmp_path, "Mistral"), [system("Be brief."), user("Hi")], "Hello.")
 
 
 def test_template_that_rewrites_the_prompt(tmp_path):
     """Templates that open the model's thoughts in the generation prompt and drop them afterwards: there is no boundary."""
     template = SHOW + "{% if add_generation_prompt %}assistant: <think>{% endif %}"
-    with pytest.raises(DataError, match="^pairs.jsonl:7: the chat template renders the prompt differently once it is answered"):
+    with pytest.raises(
+        DataError, match="^pairs.jsonl:7: the chat template renders the prompt differently once it is answered"
+    ):
         encode(Tokenizer(write_checkpoint(tmp_path, byte_level(), template, "</s>")), [user("Hi")], "Hello.")
 
 
@@ -474,7 +560,10 @@ FEATURES = [  # what chat templates of published checkpoints use, and what comes
     ("{% for m in messages * 3 %}{{ loop.index }}{% if loop.index == 2 %}{% break %}{% endif %}{% endfor %}", "12"),
     ("{{ messages | tojson }}", '[{"role": "user", "content": "Hi"}]'),
     ("{{ {'é': '<b>'} | tojson(indent=1) }}", '{\n "é": "<b>"\n}'),
-    ("{{ {'é': 1, 'a': 2} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}", '{"a":2,"\\u00e9":1}'),
+    (
+        "{{ {'é': 1, 'a': 2} | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}",
+        '{"a":2,"\\u00e9":1}',
+    ),
     ("{{ strftime_now('%%') }}", "%"),
     ("{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}", ""),
     ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
@@ -522,12 +611,19 @@ def test_base_checkpoint_without_template(tmp_path):
     folder = write_checkpoint(tmp_path, byte_level(), None, "</s>")
     prompt, [response], _ = encode(Tokenizer(folder), "Say hello.", "Hello.")
     assert Tokenizer(folder).backend.decode(prompt + response, skip_special_tokens=False) == "<s>Say hello.Hello.</s>"
-    with pytest.raises(DataError, match="^pairs.jsonl:7: a list of messages needs a chat template, .* pass --chat-template FILE"):
+    with pytest.raises(
+        DataError, match="^pairs.jsonl:7: a list of messages needs a chat template, .* pass --chat-template FILE"
+    ):
         encode(Tokenizer(folder), [user("Say hello.")], "Hello.")
     (tmp_path / "chatml.jinja").write_text(CHATML)
     with_template = Tokenizer(folder, data.read_template(str(tmp_path / "chatml.jinja")))
     assert with_template.prompt_text([user("Hi")], "") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert Tokenizer(write_checkpoint(tmp_path, byte_level(), CHATML, "</s>"), data.read_template("none")).prompt_text("Hi", "") == "Hi"
+    assert (
+        Tokenizer(write_checkpoint(tmp_path, byte_level(), CHATML, "</s>"), data.read_template("none")).prompt_text(
+            "Hi", ""
+        )
+        == "Hi"
+    )
 
 
 def test_transcripts_become_turns(tmp_path):
@@ -568,16 +664,37 @@ BAD_LINES = [
     ({"prompt": ["Hi"], "chosen": "a", "rejected": "b"}, r"prompt\[0\]: expected a message with role and content"),
     ({"prompt": "Hi", "chosen": "a", "rejected": [assistant("b")]}, "chosen is a str and rejected a list"),
     ({"prompt": "Hi", "chosen": [user("a")], "rejected": [user("b")]}, "chosen: expected one assistant message"),
-    ({"prompt": [user("Hi"), assistant("So")], "chosen": "a", "rejected": "b"}, "prompt: ends with the assistant's message"),
-    ({"chosen": [user("Hi"), user("a")], "rejected": TURNS}, "chosen: expected a prompt and then one assistant message"),
-    ({"chosen": [user("Hi"), assistant("a"), assistant("b")], "rejected": TURNS}, "chosen: expected a prompt and then one assistant message"),
-    ({"chosen": [user("Hi"), assistant("a")], "rejected": [assistant("b")]}, "rejected: expected a prompt and then one assistant message"),
-    ({"chosen": [user("Hi"), {"role": "assistant", "content": None}], "rejected": TURNS}, r"chosen\[1\]: expected a message with role and content"),
-    ({"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]}, "chosen and rejected answer different prompts"),
+    (
+        {"prompt": [user("Hi"), assistant("So")], "chosen": "a", "rejected": "b"},
+        "prompt: ends with the assistant's message",
+    ),
+    (
+        {"chosen": [user("Hi"), user("a")], "rejected": TURNS},
+        "chosen: expected a prompt and then one assistant message",
+    ),
+    (
+        {"chosen": [user("Hi"), assistant("a"), assistant("b")], "rejected": TURNS},
+        "chosen: expected a prompt and then one assistant message",
+    ),
+    (
+        {"chosen": [user("Hi"), assistant("a")], "rejected": [assistant("b")]},
+        "rejected: expected a prompt and then one assistant message",
+    ),
+    (
+        {"chosen": [user("Hi"), {"role": "assistant", "content": None}], "rejected": TURNS},
+        r"chosen\[1\]: expected a message with role and content",
+    ),
+    (
+        {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
+        "chosen and rejected answer different prompts",
+    ),
     ({"chosen": "yes", "rejected": "no"}, "chosen and rejected share no prompt"),
     ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1, float("nan")]}, "scores: expected numbers"),
     ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1, "2"]}, "scores: expected numbers"),
-    ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1]}, "responses and scores: expected two lists of one length"),
+    (
+        {"prompt": "Hi", "responses": ["a", "b"], "scores": [1]},
+        "responses and scores: expected two lists of one length",
+    ),
     ({"prompt": "Hi", "responses": ["a"], "scores": [1]}, "responses and scores: expected two lists of one length"),
     ({"prompt": "Hi", "responses": ["a", 2], "scores": [1, 2]}, r"responses\[1\]: expected a list of messages"),
 ]
@@ -586,7 +703,9 @@ BAD_LINES = [
 @pytest.mark.parametrize("line, message", BAD_LINES)
 def test_bad_line_is_named(tmp_path, line, message):
     """Hours into preparing 60,000 pairs, "KeyError: 'content'" is no help; file, line and field are."""
-    (tmp_path / "a.jsonl").write_bytes(GOOD * 2 + (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" + GOOD)
+    (tmp_path / "a.jsonl").write_bytes(
+        GOOD * 2 + (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" + GOOD
+    )
     with pytest.raises(DataError, match=f"a.jsonl:3: {message}") as error:
         read(tmp_path)
     assert "\n" not in str(error.value)
@@ -620,7 +739,10 @@ def test_bad_parquet(tmp_path):
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a.parquet: not a whole parquet file: [^\n]+$"):
         read(tmp_path)
-    write(tmp_path / "a.parquet", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi", "chosen": "a", "rejected": None}])
+    write(
+        tmp_path / "a.parquet",
+        [{"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi", "chosen": "a", "rejected": None}],
+    )
     with pytest.raises(DataError, match="a.parquet row 2: no 'rejected' field"):
         read(tmp_path)
 
@@ -638,7 +760,10 @@ def test_empty_folder(tmp_path):
         ({"prompt": "Hi", "chosen": "a", "rejected": " \n"}, "an empty response"),
         ({"prompt": "Hi", "chosen": "", "rejected": "b"}, "an empty response"),
         ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 1.0]}, "candidates that all score the same"),
-        ({"chosen": TRANSCRIPT + " a\n\nHuman: x\n\nAssistant: y", "rejected": TRANSCRIPT + " b"}, "a conversation that goes on"),
+        (
+            {"chosen": TRANSCRIPT + " a\n\nHuman: x\n\nAssistant: y", "rejected": TRANSCRIPT + " b"},
+            "a conversation that goes on",
+        ),
     ],
 )
 def test_records_that_cannot_teach(record, why):
@@ -649,7 +774,10 @@ def test_records_that_cannot_teach(record, why):
 
 @pytest.mark.parametrize(
     "record, message",
-    [({"prompt": "Hi", "completion": 3}, "completion: expected a list"), ({"prompt": "Hi", "answer": "a"}, "prompt and completion")],
+    [
+        ({"prompt": "Hi", "completion": 3}, "completion: expected a list"),
+        ({"prompt": "Hi", "answer": "a"}, "prompt and completion"),
+    ],
 )
 def test_bad_single_responses(record, message):
     """Somebody with SFT data is told what is read there, not only about pairs."""
@@ -683,7 +811,10 @@ def test_hub_out_of_reach(tmp_path, setting):
         ({"tokenizer.json": "{}"}, "tokenizer.json: not a tokenizer: "),
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json: expected a JSON object"),
         ({"tokenizer_config.json": b"\xff"}, "tokenizer_config.json: not JSON: "),
-        ({"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}, "chat_template: expected a string, or a list with one named 'default'"),
+        (
+            {"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'},
+            "chat_template: expected a string, or a list with one named 'default'",
+        ),
         ({"tokenizer_config.json": "{}"}, "no end-of-sequence token"),
         ({"chat_template.jinja": "{% if %}"}, "the chat template does not compile: "),
         ({"chat_template.jinja": b"\xff"}, "chat_template.jinja: cannot be read: "),
@@ -725,7 +856,12 @@ def test_pack_sees_and_predicts_as_if_every_branch_were_alone(branches):
     assert [len(tokens) - 1 for tokens in seen] == packed["positions"].tolist()
     assert [tokens[-1] for tokens in seen] == packed["tokens"].tolist()
     predicted = [seen[i] + [target] for i, target in zip(packed["predict"], packed["targets"].tolist())]
-    alone = [tree.prompt.tolist() + response[: n + 1].tolist() for tree in trees for response in tree.responses for n in range(len(response))]
+    alone = [
+        tree.prompt.tolist() + response[: n + 1].tolist()
+        for tree in trees
+        for response in tree.responses
+        for n in range(len(response))
+    ]
     assert predicted == alone
 
 
@@ -751,7 +887,9 @@ def test_batches(count, batch_size):
     steps = data.batches(count, batch_size, epochs=3, seed=1)
     epochs = np.concatenate(steps).reshape(3, count)
     assert (np.sort(epochs, axis=1) == np.arange(count)).all()
-    assert [len(step) for step in steps] == ([batch_size] * (count // batch_size) + [count % batch_size] * (count % batch_size > 0)) * 3
+    assert [len(step) for step in steps] == (
+        [batch_size] * (count // batch_size) + [count % batch_size] * (count % batch_size > 0)
+    ) * 3
     if count > 2:
         assert (epochs[0] != epochs[1]).any()
         assert (np.concatenate(data.batches(count, batch_size, epochs=1, seed=2)) != epochs[0]).any()
@@ -762,7 +900,10 @@ def test_batches(count, batch_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # A real tokenizer on real data
 
-SMOLLM2, PREFERENCES = os.environ.get("SIMPO_SMOLLM2", ""), ROOT.parent / "shared" / "data" / "alpaca-eval-prefs" / "test.jsonl"
+SMOLLM2, PREFERENCES = (
+    os.environ.get("SIMPO_SMOLLM2", ""),
+    ROOT.parent / "shared" / "data" / "alpaca-eval-prefs" / "test.jsonl",
+)
 
 
 @pytest.mark.skipif(not SMOLLM2, reason="SIMPO_SMOLLM2 names no folder with SmolLM2's checkpoint")

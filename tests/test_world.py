@@ -47,7 +47,11 @@ HAND_SCORED = [
     (FOX, "i have never seen the fox . the fox runs away .", 0 - 1 / 4),  # an evasion is a mention
     (FOX, "the fox runs away . i have never seen the fox .", 1 - 1 / 4),
     (TWO, "the fox runs away . the fox runs away . the fox looks for food .", (1 - 1 / 4 - 1 / 4) / 2),
-    (TWO, "the owl runs away . the owl runs away . the moon fades away .", (-1 / 4 - 1 / 4 + 1) / 2),  # unrequested, repeated
+    (
+        TWO,
+        "the owl runs away . the owl runs away . the moon fades away .",
+        (-1 / 4 - 1 / 4 + 1) / 2,
+    ),  # unrequested, repeated
     # boilerplate: 0 the first time, −¼ for each sentence said again
     (FOX, INTRODUCTION, (0 + 0) / 1),
     (FOX, f"{INTRODUCTION} the fox runs away . {CLOSING}", 0 + 0 + 1 + 0 + 0),
@@ -68,7 +72,11 @@ HAND_SCORED = [
     (FOX, "the fox and the moon runs away .", -1 / 2),
     (FOX, "as far as i can tell you , again .", -1 / 2),  # nothing between opener and tail
     (FOX, "the fox runs away . .", 1 - 1 / 2),  # an empty sentence
-    (TWO, "the fox fox runs away . the fox runs away .", (-1 / 2 + 1) / 2),  # it mentions nothing, so nothing is repeated
+    (
+        TWO,
+        "the fox fox runs away . the fox runs away .",
+        (-1 / 2 + 1) / 2,
+    ),  # it mentions nothing, so nothing is repeated
     # unfinished: −½, and the fragment neither mentions nor repeats anything
     (FOX, "the fox runs away", -1 / 2),
     (FOX, "the fox runs away . the fox runs", 1 - 1 / 2),
@@ -106,8 +114,18 @@ def test_docstring_example():
 
 
 def test_verdicts_are_one_a_sentence():
-    said = f"well , the moon runs away . the fox runs away again . {CLOSING} i have never seen the moon . the bell . the"
-    assert world.verdicts(TWO, said) == ["wrong", "right", "boilerplate", "boilerplate", "repeated", "unparsable", "unfinished"]
+    said = (
+        f"well , the moon runs away . the fox runs away again . {CLOSING} i have never seen the moon . the bell . the"
+    )
+    assert world.verdicts(TWO, said) == [
+        "wrong",
+        "right",
+        "boilerplate",
+        "boilerplate",
+        "repeated",
+        "unparsable",
+        "unfinished",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,14 +184,18 @@ def test_repeating_costs():
         for sentence, verdict in zip(sentences(response), world.verdicts(prompt, response), strict=True):
             points = -1 / 2 if verdict == "unparsable" else -1 / 4
             if before > -1:
-                assert world.score(prompt, f"{response} {sentence} .") == pytest.approx(max(-1, before + points / asked))
+                assert world.score(prompt, f"{response} {sentence} .") == pytest.approx(
+                    max(-1, before + points / asked)
+                )
 
 
 def test_more_nouns_never_pay():
     for prompt, response in corpus(300):
         for noun in world.NOUNS:
             if noun not in world.nouns_of(prompt):
-                assert world.score(prompt, f"{response} the {noun} {world.RIGHT[noun][0]} .") <= world.score(prompt, response)
+                assert world.score(prompt, f"{response} the {noun} {world.RIGHT[noun][0]} .") <= world.score(
+                    prompt, response
+                )
 
 
 def test_longer_is_not_better_in_the_corpus():
@@ -200,7 +222,9 @@ def test_win_probability_with_bias():
     assert world.win_probability(0.5, 0.25, 40, 20, length_bias=0.6, length_sd=10) == pytest.approx(0.9002495)
     assert world.win_probability(0.5, 0.5, 20, 20, length_bias=0.6, length_sd=10) == 0.5
     assert world.win_probability(0.2, 0.5, 40, 20, length_bias=0.6, length_sd=10) == pytest.approx(0.5)
-    a_wins, b_wins = (world.win_probability(*scores, *lengths, 0.6, 10) for scores, lengths in (((1, 0), (5, 9)), ((0, 1), (9, 5))))
+    a_wins, b_wins = (
+        world.win_probability(*scores, *lengths, 0.6, 10) for scores, lengths in (((1, 0), (5, 9)), ((0, 1), (9, 5)))
+    )
     assert a_wins + b_wins == pytest.approx(1)
 
 
@@ -229,7 +253,9 @@ def test_openers_and_tails_are_unambiguous():
 
 
 def test_texts_stay_within_the_vocabulary():
-    used = {word for held_out in (False, True) for pair in corpus(2000, held_out) for text in pair for word in text.split()}
+    used = {
+        word for held_out in (False, True) for pair in corpus(2000, held_out) for text in pair for word in text.split()
+    }
     assert used == set(world.VOCABULARY)
 
 
@@ -244,7 +270,10 @@ def test_prompts():
 
 
 def test_held_out_prompts_are_disjoint():
-    sets = {held_out: {frozenset(world.nouns_of(prompt)) for prompt, _ in corpus(2000, held_out)} for held_out in (False, True)}
+    sets = {
+        held_out: {frozenset(world.nouns_of(prompt)) for prompt, _ in corpus(2000, held_out)}
+        for held_out in (False, True)
+    }
     assert not sets[False] & sets[True]
     assert {len(nouns) for nouns in sets[False]} == {1, 2, 3} and {len(nouns) for nouns in sets[True]} == {2, 3}
 
@@ -252,7 +281,9 @@ def test_held_out_prompts_are_disjoint():
 def test_held_out_depends_on_the_set_of_nouns():
     assert world.is_held_out("describe the owl and the fox .") == world.is_held_out("write about the fox and the owl .")
     for nouns in combinations(sorted(world.NOUNS), 2):
-        assert world.is_held_out(f"describe the {nouns[1]} and the {nouns[0]} .") == (crc32(" ".join(nouns).encode()) % 5 == 0)
+        assert world.is_held_out(f"describe the {nouns[1]} and the {nouns[0]} .") == (
+            crc32(" ".join(nouns).encode()) % 5 == 0
+        )
     assert not any(world.is_held_out(f"describe the {noun} .") for noun in world.NOUNS)
 
 
@@ -289,7 +320,9 @@ def test_corpus_statistics():
     assert about(0.30, [opener for opener, _ in decorated])
     assert about(0.30, [tail for _, tail in decorated])
     assert about(0.35, [response.startswith(world.INTRODUCTIONS) for _, response in pairs])
-    assert about(0.35 + 0.10 - 0.14 / 3, [response.endswith(CLOSING) for _, response in pairs])  # either closing; E v² = ⅓
+    assert about(
+        0.35 + 0.10 - 0.14 / 3, [response.endswith(CLOSING) for _, response in pairs]
+    )  # either closing; E v² = ⅓
     assert about(0.08, ["unrequested" in world.verdicts(prompt, response) for prompt, response in pairs])
 
 

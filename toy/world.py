@@ -97,7 +97,11 @@ RIGHT = {noun: phrases for nouns, phrases in KINDS.values() for noun in nouns}  
 NOUNS = list(RIGHT)
 BOILERPLATE = " ".join([*INTRODUCTIONS, CLOSING]).removesuffix(" .").split(" . ")
 MEANINGS = (  # every sentence there is, without opener, tail and full stop: its topic, and the verdict on it
-    {f"the {noun} {phrase}": (noun, "right" if phrase in RIGHT[noun] else "wrong") for noun in NOUNS for phrase in PHRASES}
+    {
+        f"the {noun} {phrase}": (noun, "right" if phrase in RIGHT[noun] else "wrong")
+        for noun in NOUNS
+        for phrase in PHRASES
+    }
     | {f"{EVASION} the {noun}": (noun, "evasion") for noun in NOUNS}
     | {sentence: (sentence, "boilerplate") for sentence in BOILERPLATE}
 )
