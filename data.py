@@ -172,10 +172,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
 def _parse_json(raw: bytes, where: str) -> object:
     try:
         value = json.loads(raw.decode("utf-8-sig"))
-        if re.search(rb"\\u[dD][89a-fA-F]", raw):
-            json.dumps(
-                value, ensure_ascii=False
-            ).encode()  # fails where half of a surrogate pair stands alone: no tokenizer takes that
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):  # half of a surrogate pair, alone, is no text: this fails on it
+            json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: not JSON: {e}") from None
@@ -257,6 +255,10 @@ def _messages(value: object, where: str, field: str) -> Messages:
 def check_prompt(value: object, where: str, field: str = "prompt") -> str | Messages:
     """A prompt as a string, or as a list of messages that it is the assistant's turn to answer."""
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: {field}: not valid Unicode text") from None
         return value
     messages = _messages(value, where, field)
     if messages[-1]["role"] == "assistant":
@@ -349,9 +351,12 @@ def read_template(name: str | None) -> str | None:
     if name is None or name == "none":
         return name and ""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         raise DataError(f"{name}: cannot be read: {e}") from None
+    if not text.strip():
+        raise DataError(f"{name}: an empty chat template ('none' is for plain text)")
+    return text
 
 
 class Tokenizer:
@@ -662,7 +667,8 @@ def pack(trees: list[Tree]) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def batches(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
-    """The indices of every step, each epoch in an order that depends on seed and epoch alone; its last step may be short."""
-    orders = (np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(epochs))
-    return [order[i : i + batch_size] for order in orders for i in range(0, count, batch_size)]
+def batches(count: int, batch_size: int, epochs: int, seed: int, shuffle: bool = True) -> Iterator[np.ndarray]:
+    """The indices of every step, in an order that depends on seed and epoch alone; an epoch's last step may be short."""
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
+        yield from (order[i : i + batch_size] for i in range(0, count, batch_size))

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -80,8 +81,8 @@ class Config:
             value = default if value is None else value
             if value is None:
                 raise CheckpointError(f"{path}: {key} is missing")
-            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < float("inf"):
-                refuse(key, f"expected a positive {kind.__name__}")
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**31:
+                refuse(key, f"expected a positive {kind.__name__} below 2³¹")
             return kind(value)
 
         if raw.get("model_type") not in ("llama", "mistral"):
@@ -302,15 +303,15 @@ class PackedAttention:
     """Attention over a packed stream: which keys each segment of queries sees (the rule at the top of this file).
 
     key_index: [S] stream positions of every segment's keys, one segment after the other.
-    cu_q, cu_k: int32 [segments + 1], on the CPU: where each segment's queries (in the stream) and keys (in key_index)
+    cu_q, cu_k: int32 [segments + 1], NumPy's, since lengths are wanted without asking a GPU: where each segment's queries (in the stream) and keys (in key_index)
     begin and end. window: how many positions back a token sees, itself included (Mistral 7B v0.1); None for all.
     """
 
-    def __init__(self, key_index: Tensor, cu_q: Tensor, cu_k: Tensor, window: int | None = None):
+    def __init__(self, key_index: Tensor, cu_q: np.ndarray, cu_k: np.ndarray, window: int | None = None):
         self.key_index, self.window = key_index, window
-        self.q_lengths, self.k_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+        self.q_lengths, self.k_lengths = np.diff(cu_q).tolist(), np.diff(cu_k).tolist()
         if key_index.is_cuda:
-            self.cu_q, self.cu_k = (cu.to(key_index.device, non_blocking=True) for cu in (cu_q, cu_k))
+            self.cu_q, self.cu_k = (torch.as_tensor(cu, device=key_index.device) for cu in (cu_q, cu_k))
         self.masks: dict[int, Tensor | None] = {}  # by segment; the same for all layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -417,10 +418,9 @@ class Weights:
                 raise CheckpointError(f"{folder / name}: no such file, though {index.name} names it")
         return [folder / name for name in names]
 
-    def copy_into(self, model: nn.Module) -> None:
-        """Fill every parameter, sharded or whole, in place; each process reads only the rows that it holds.
-
-        Strict: raises CheckpointError naming the tensors that are missing, unknown or of another shape."""
+    def check(self, model: nn.Module) -> None:
+        """Hold the headers against an empty model, before memory is spent. Raises CheckpointError naming the tensors
+        that are missing, unknown or of another shape."""
         parameters = dict(model.named_parameters())
         extra = {n for n in self.files if n not in parameters and not n.endswith("rotary_emb.inv_freq")}
         if model.config.tie_word_embeddings:
@@ -434,11 +434,14 @@ class Weights:
                 raise CheckpointError(f"{self.where}: {problem}: {few}")
         for name, parameter in parameters.items():
             path, handle = self.files[name]
-            source = handle.get_slice(name)
-            if tuple(source.get_shape()) != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{path}: {name} has shape {source.get_shape()}, config.json says {list(parameter.shape)}"
-                )
+            shape = list(handle.get_slice(name).get_shape())
+            if shape != list(parameter.shape):
+                raise CheckpointError(f"{path}: {name} has shape {shape}, config.json says {list(parameter.shape)}")
+
+    def copy_into(self, model: nn.Module) -> None:
+        """Fill every parameter, sharded or whole, in place; each process reads only the rows that it holds."""
+        for name, parameter in model.named_parameters():
+            source = self.files[name][1].get_slice(name)
             start, stop = local_rows(parameter)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             with torch.no_grad():
@@ -462,8 +465,10 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = 
     """The model of a checkpoint folder, whole, on one device (sampling and analysis; train.py shards instead)."""
     with torch.device("meta"):
         model = Llama(Config.from_folder(folder)).to(dtype)
+    weights = Weights(folder)
+    weights.check(model)
     model.to_empty(device=device)
-    Weights(folder).copy_into(model)
+    weights.copy_into(model)
     return model.eval()
 
 

@@ -54,10 +54,11 @@ class KVCache:
 
         return attend
 
-    def step(self, positions: Tensor):
+    def step(self, positions: list[int]):
         """Attention of one new token in each of the first rows, at `positions` [rows], over all before it in its row."""
-        rows, longest = torch.arange(len(positions), device=positions.device), int(positions.max()) + 1
-        distance = positions[:, None] - torch.arange(longest, device=positions.device)
+        device, longest = self.k.device, max(positions) + 1
+        rows, positions = torch.arange(len(positions), device=device), torch.tensor(positions, device=device)
+        distance = positions[:, None] - torch.arange(longest, device=device)
         mask = ((distance >= 0) & (distance < (self.window or longest)))[:, None, None]  # [rows, heads, 1, keys]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class Row:
     """A sequence being decoded; the n-th in the list has the n-th row of the cache."""
 
     number: int  # which prompt
-    uniforms: np.ndarray  # the random numbers of its tokens, one each
+    uniforms: np.ndarray  # the random numbers of its tokens, one each: there is room for no more tokens
     position: int  # of its newest token
     token: int = -1
     made: int = 0
@@ -100,26 +101,24 @@ def decode(
 ) -> Iterator[tuple[int, int, bool]]:
     """Continue every prompt; yields (prompt number, token, whether it is the last) as tokens come.
 
-    `batch_size` sequences are decoded at once; whichever ends, with a stop token or after `max_new_tokens`, makes room
-    for the next. temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off. `streams`: the name of each prompt's stream
+    `batch_size` sequences are decoded at once; whichever ends, with a stop token, after `max_new_tokens` or with the
+    positions that the model knows, makes room for the next. temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off. `streams`: the name of each prompt's stream
     of random numbers, its number by default."""
     weight = model.head_weight
-    waiting = iter(
-        sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    )  # a step costs what its longest row costs
-    cache = KVCache(
-        model.config,
-        min(batch_size, len(prompts)),
-        max(map(len, prompts)) + max_new_tokens,
-        weight.device,
-        weight.dtype,
-    )
+    context = model.config.max_position_embeddings
+    longest = max(map(len, prompts))
+    assert longest < context, f"a prompt of {longest} tokens leaves no room among {context} positions"
+    # longest first: a step costs what its longest row costs
+    waiting = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+    length = min(longest + max_new_tokens, context)
+    cache = KVCache(model.config, min(batch_size, len(prompts)), length, weight.device, weight.dtype)
     rows: list[Row] = []
     while True:
         fresh = len(rows)
         for i in itertools.islice(waiting, cache.k.shape[1] - len(rows)):
             noise = np.random.Generator(np.random.Philox(key=(seed << 64) + (streams[i] if streams else i)))
-            rows.append(Row(i, noise.random(max_new_tokens), len(prompts[i]) - 1))
+            room = min(max_new_tokens, context - len(prompts[i]))
+            rows.append(Row(i, noise.random(room), len(prompts[i]) - 1))
         if not rows:
             return
         if fresh < len(rows):  # the new prompts, as one packed stream
@@ -133,10 +132,7 @@ def decode(
             for row in rows:
                 row.position += 1
             tokens, positions = (row.token for row in rows), (row.position for row in rows)
-            attend, last = (
-                cache.step(torch.tensor([row.position for row in rows], device=weight.device)),
-                np.arange(len(rows)),
-            )
+            attend, last = cache.step([row.position for row in rows]), np.arange(len(rows))
         tokens, positions = (torch.tensor(list(x), device=weight.device) for x in (tokens, positions))
         logits = model.logits(model.model(tokens, positions, attend)[last])
         draws = torch.tensor([rows[j].uniforms[rows[j].made] for j in current], device=weight.device)
@@ -144,7 +140,7 @@ def decode(
         for j, token in reversed(list(zip(current, chosen))):  # from the end, so that the row moved in has had its turn
             row = rows[j]
             row.token, row.made = token, row.made + 1
-            finished = token in stop_ids or row.made == max_new_tokens
+            finished = token in stop_ids or row.made == len(row.uniforms)
             yield row.number, token, finished
             if finished:
                 rows[j] = rows[-1]
@@ -158,13 +154,16 @@ def pick(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_k:
     `top_k` keeps the k likeliest tokens, `top_p` the fewest of those whose probability reaches p."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = (logits / temperature).softmax(-1), None
+    logits = (logits - logits.max(-1, keepdim=True).values).double() / temperature  # the likeliest is at 0
+    probabilities, ids = logits.softmax(-1), None
     if top_k or top_p < 1:
         probabilities, ids = probabilities.sort(-1, descending=True)
         probabilities = probabilities[:, : top_k or None]
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < top_p * probabilities.sum(-1, keepdim=True))
-    edges = probabilities.double().cumsum(-1)
+        keep = before < top_p * probabilities.sum(-1, keepdim=True)
+        keep[:, 0] = True  # however small p is
+        probabilities = probabilities * keep
+    edges = probabilities.cumsum(-1)
     picked = torch.searchsorted(edges, draws[:, None] * edges[:, -1:], right=True).clamp(max=edges.shape[1] - 1)
     return (picked if ids is None else ids.gather(1, picked))[:, 0]
 
@@ -216,9 +215,11 @@ def chat(model: Llama, tokenizer: Tokenizer, options: dict) -> None:
             return print()
         messages.append({"role": "user", "content": said})
         text = tokenizer.prompt_text(messages if tokenizer.template else said, "chat")
-        ids, shown = [], ""
+        prompts, ids, shown = tokenizer.encode_prompts([text]), [], ""
+        if len(prompts[0]) >= model.config.max_position_embeddings:
+            raise DataError(f"the conversation fills the {model.config.max_position_embeddings} positions of the model")
         try:
-            for _, token, _ in decode(model, tokenizer.encode_prompts([text]), tokenizer.stop_ids, **options):
+            for _, token, _ in decode(model, prompts, tokenizer.stop_ids, **options):
                 ids.append(token)
                 answer = tokenizer.decode(ids)
                 if not answer.endswith("\ufffd"):  # half a character: the rest is in the next token
@@ -232,7 +233,10 @@ def chat(model: Llama, tokenizer: Tokenizer, options: dict) -> None:
 
 def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="sample.py [--flag value ...]     (--help explains every flag)",
     )
     parser.add_argument(
         "--model",
@@ -296,8 +300,10 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_samples", "max_new_tokens", "batch_size"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1")
-    if not (flags.temperature >= 0 and 0 < flags.top_p <= 1 and flags.top_k >= 0 and 0 <= flags.seed < 2**64):
-        parser.error("expected --temperature ≥ 0, 0 < --top-p ≤ 1, --top-k ≥ 0 and 0 ≤ --seed < 2⁶⁴")
+    if not (
+        0 <= flags.temperature < float("inf") and 0 < flags.top_p <= 1 and flags.top_k >= 0 and 0 <= flags.seed < 2**64
+    ):
+        parser.error("expected a finite --temperature ≥ 0, 0 < --top-p ≤ 1, --top-k ≥ 0 and 0 ≤ --seed < 2⁶⁴")
     if flags.num_samples > 1 and flags.temperature == 0:
         parser.error("--num-samples goes with --temperature: greedy samples are all the same")
     if flags.chat and (flags.prompt or flags.prompts or flags.out):
@@ -313,12 +319,16 @@ def main() -> None:
         sample(flags)
     except (DataError, CheckpointError, OSError) as e:
         sys.exit(f"sample.py: error: {e}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"sample.py: error: {e}\nlower --batch-size ({flags.batch_size}) or --max-new-tokens")
+    except KeyboardInterrupt:
+        sys.exit("\nsample.py: interrupted" + (f"; the answers so far are in {flags.out}" if flags.out else ""))
 
 
 def sample(flags: argparse.Namespace) -> None:
     device = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("--device cuda: torch sees no CUDA device here")
+        raise DataError("--device cuda: torch sees no CUDA device here")
     dtype = torch.bfloat16 if (flags.dtype == "auto" and device == "cuda") or flags.dtype == "bf16" else torch.float32
     source = data.local_path(flags.model, "model", llama.CHECKPOINT_FILES)
     tokenizer = Tokenizer(source, data.read_template(flags.chat_template))
@@ -334,10 +344,11 @@ def sample(flags: argparse.Namespace) -> None:
     prompts = tokenizer.encode_prompts(
         [tokenizer.prompt_text(prompt, where) for prompt, (where, _) in zip(asked, records)]
     )
+    config = Config.from_folder(source)
+    tokenizer.check_fits(config.vocab_size)
     for (where, _), ids in zip(records, prompts):
-        if not ids:
-            raise DataError(f"{where}: an empty prompt")
-    tokenizer.check_fits(Config.from_folder(source).vocab_size)
+        if not 0 < len(ids) < config.max_position_embeddings:
+            raise DataError(f"{where}: {len(ids)} tokens; the model takes 1 to {config.max_position_embeddings - 1}")
     model = llama.load(source, device, dtype)
     options = {
         name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "batch_size")

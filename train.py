@@ -15,6 +15,8 @@ Writes OUT/config.json (everything resolved), OUT/metrics.jsonl (one object per 
 
 import argparse
 import difflib
+import gc
+import itertools
 import json
 import math
 import os
@@ -30,6 +32,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +80,9 @@ class Settings:
         None, "file with a jinja2 chat template to use instead of the checkpoint's; 'none' for plain text"
     )
     max_length: int = option(2048, "tokens of a prompt and one response together; a longer response is cut at its end")
-    max_prompt_length: int = option(1800, "tokens of a prompt; a longer one is cut at its start")
+    max_prompt_length: int | None = option(
+        None, "tokens of a prompt; a longer one is cut at its start; 1800 of 2048 if absent, the same share of less"
+    )
     # the objective
     beta: float | None = option(
         None, "β, the scale of the reward: 2.0 for SimPO, 0.01 for DPO if absent (the paper tunes 2.0–10 and 0.01–0.1)"
@@ -100,7 +105,7 @@ class Settings:
     epochs: int = option(1, "passes over the training pairs")
     max_steps: int | None = option(None, "stop after this many steps")
     lr: float = option(1e-6, "peak learning rate of AdamW")
-    schedule: str = option(
+    lr_schedule: str = option(
         "cosine",
         "learning rate after warm-up: falls to 0 along a cosine or a line, or stays",
         ("cosine", "linear", "constant"),
@@ -111,6 +116,7 @@ class Settings:
     adam_eps: float = option(1e-8, "AdamW: added to the denominator")
     weight_decay: float = option(0.0, "AdamW: decay of the weights, times the learning rate")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    shuffle: bool = option(True, "take the pairs in a new order each epoch; --no-shuffle keeps that of the file")
     seed: int = option(42, "decides the order of the pairs, together with the epoch and nothing else")
     # hardware
     device: str = option("auto", "cuda where there is one, else cpu", ("auto", "cpu", "cuda"))
@@ -123,9 +129,14 @@ class Settings:
     activation_checkpointing: bool = option(
         True, "keep only each block's input for backward and compute the rest again: less memory, a third more work"
     )
+    compile: bool = option(False, "torch.compile the norms and MLPs: a slow start, then fewer trips to memory")
+    replicate: int = option(
+        1, "HSDP: keep so many copies of the sharded model, usually one a node; gradients are averaged over them"
+    )
     # output
     out: str | None = option(None, "folder of the run; runs/OBJECTIVE-N with the first free N if absent")
     overwrite: bool = option(False, "replace a finished run in --out")
+    log_every: int = option(1, "write metrics of every so many steps")
     eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
 
     @property
@@ -149,6 +160,7 @@ def read_settings(argv: list[str] | None = None) -> Settings:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        usage="train.py [--flag value ...]     (--help explains every flag)",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file with any of these settings, without the dashes before them"
@@ -181,6 +193,8 @@ def read_settings(argv: list[str] | None = None) -> Settings:
     settings = Settings(**values)
     if settings.beta is None:
         settings.beta = 0.01 if settings.objective == "dpo" else 2.0
+    if settings.max_prompt_length is None:
+        settings.max_prompt_length = min(1800, settings.max_length * 1800 // 2048)
     if problem := settings_problem(settings):
         parser.error(problem)
     return settings
@@ -224,11 +238,14 @@ def settings_problem(s: Settings) -> str | None:
             return f"{flag(f.name)}: {getattr(s, f.name)!r} is not one of {', '.join(f.metadata['choices'])}"
         if isinstance(getattr(s, f.name), float) and not math.isfinite(getattr(s, f.name)):
             return f"{flag(f.name)}: not a finite number"
+        if getattr(s, f.name) == "":
+            return f"{flag(f.name)}: is empty"
     if s.model is None or s.data is None:
         return "--model and --data go together; without both, the toy is trained"
     if s.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch sees no CUDA device here"
-    positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length"
+    positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length "
+    positive += "replicate log_every"
     for name in positive.split():
         if getattr(s, name) is not None and getattr(s, name) <= 0:
             return f"{flag(name)}: expected a positive number"
@@ -255,9 +272,21 @@ def start_processes(settings: Settings) -> tuple[torch.device, DeviceMesh]:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    else:  # oneDNN keeps buffers for every shape it has seen, and no two of our streams have the same length
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
-    return device, init_device_mesh(kind, (dist.get_world_size(),))
+    return device, make_mesh(settings, kind)
+
+
+def make_mesh(settings: Settings, kind: str) -> DeviceMesh:
+    """All processes in a row, which parameters are sharded over; with `--replicate N`, in N rows with a copy each."""
+    world, copies = dist.get_world_size(), settings.replicate
+    if world % copies:
+        sys.exit(f"train.py: error: --replicate {copies} does not divide the number of processes, {world}")
+    if copies == 1:
+        return init_device_mesh(kind, (world,))
+    return init_device_mesh(kind, (copies, world // copies), mesh_dim_names=("replicate", "shard"))
 
 
 def share_out(items: list) -> list:
@@ -266,20 +295,30 @@ def share_out(items: list) -> list:
     return items[len(items) * rank // world : len(items) * (rank + 1) // world]
 
 
-def on_every_rank(work: Callable):
-    """The results of `work()` from all processes, in order; an error of one is raised by all, so that none waits for it."""
+def gather(thing) -> list:
+    """What every process has, in the order of ranks."""
+    things = [thing]
+    if dist.get_world_size() > 1:
+        things = [None] * dist.get_world_size()
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def agree(work: Callable):
+    """This process's `work()`. Where it fails on one process, all raise that error, so that none waits for it."""
+    result = error = None
     try:
         result = work()
     except (ValueError, OSError) as e:
-        result = e
-    results = [result]
-    if dist.get_world_size() > 1:
-        results = [None] * dist.get_world_size()
-        dist.all_gather_object(results, result)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+        error = e
+    if errors := [e for e in gather(error) if e]:
+        raise errors[0]
+    return result
+
+
+def on_every_rank(work: Callable) -> list:
+    """The results of `work()` of all processes, in the order of ranks; errors as in `agree`."""
+    return gather(agree(work))
 
 
 def say(*words) -> None:
@@ -301,15 +340,18 @@ def load_trees(name: str, tokenizer: Tokenizer, settings: Settings) -> tuple[lis
     """Read, tokenize (each process its share) and gather; also the counts of what was read, cut and dropped."""
     counts: Counter = Counter()
     examples, first_dropped = [], ""
-    for where, record in data.read_records(name):
-        counts["records"] += 1
-        try:
-            kind, example = data.parse_record(record, where, paired=settings.objective != "sft")
-            counts[f"format: {kind}"] += 1
-            examples.append(example)
-        except data.Dropped as e:
-            counts[f"dropped: {e}"] += 1
-            first_dropped = first_dropped or f"; the first, {where}: {e}"
+
+    def read() -> None:
+        nonlocal first_dropped
+        for where, record in data.read_records(name):
+            counts["records"] += 1
+            try:
+                kind, example = data.parse_record(record, where, paired=settings.objective != "sft")
+                counts[f"format: {kind}"] += 1
+                examples.append(example)
+            except data.Dropped as e:
+                counts[f"dropped: {e}"] += 1
+                first_dropped = first_dropped or f"; the first, {where}: {e}"
 
     def encode() -> tuple[list[Tree], Counter]:
         mine, trees, seen = share_out(examples), [], Counter()
@@ -317,6 +359,7 @@ def load_trees(name: str, tokenizer: Tokenizer, settings: Settings) -> tuple[lis
             trees += tokenizer.encode(mine[i : i + 256], settings.max_length, settings.max_prompt_length, seen)
         return trees, seen
 
+    agree(read)
     trees = []
     for share, seen in on_every_rank(encode):
         trees += share
@@ -328,6 +371,15 @@ def load_trees(name: str, tokenizer: Tokenizer, settings: Settings) -> tuple[lis
     return trees, dict(counts) | {"used": len(trees)}
 
 
+def read_inputs(settings: Settings) -> tuple[Path, Config, Weights, Tokenizer]:
+    """The checkpoint folder and what is read from it before any memory is spent."""
+    source = data.local_path(settings.model, "model", llama.CHECKPOINT_FILES)
+    config, weights = Config.from_folder(source), Weights(source)
+    tokenizer = Tokenizer(source, data.read_template(settings.chat_template))
+    tokenizer.check_fits(config.vocab_size)
+    return source, config, weights, tokenizer
+
+
 def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Settings, trainable: bool) -> Llama:
     """Empty on the meta device, sharded, then filled: nothing is ever whole on one process.
 
@@ -335,13 +387,18 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
     compute = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     with torch.device("meta"):
         model = Llama(config)
+    weights.check(model)
     if not trainable:
         model.requires_grad_(False).to(compute)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         block.recompute = settings.activation_checkpointing
+        if settings.compile:
+            for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
+                part.compile(dynamic=True)  # streams differ in length; one compilation serves them all
         fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+    # embedding and head: the policy's stay whole from forward to backward, a reference has no backward to wait for
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
     model.to_empty(device=mesh.device_type)
     weights.copy_into(model)
     return model
@@ -353,9 +410,9 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
 
 def response_logps(model: Llama, trees: list[Tree]) -> Tensor:
     """Summed log-probability of every response, [pairs, responses], in nats."""
-    packed = {name: torch.from_numpy(value) for name, value in data.pack(trees).items()}
+    packed = data.pack(trees)
     for name in packed.keys() - {"cu_q", "cu_k"}:  # these two stay on the CPU, see model.PackedAttention
-        packed[name] = packed[name].to(model.device, non_blocking=True)
+        packed[name] = torch.from_numpy(packed[name]).to(model.device)
     lengths = response_lengths(model, trees)
     return torch.segment_reduce(model(**packed), "sum", lengths=lengths.flatten()).view_as(lengths)
 
@@ -415,8 +472,10 @@ def run_pairs(
     sft_weight = settings.sft_weight + (settings.objective == "sft")
     chosen_tokens = sum(len(tree.responses[0]) for tree in batch)
     sums: dict[str, Tensor] = {}
-    for shares in data.plan([len(tree) for tree in batch], world, settings.microbatch_tokens):
-        mine, weight = shares[rank] or [0], 1.0 if shares[rank] else 0.0
+    sizes = [len(tree) for tree in batch]
+    shortest = sizes.index(min(sizes))
+    for shares in data.plan(sizes, world, settings.microbatch_tokens):
+        mine, weight = shares[rank] or [shortest], 1.0 if shares[rank] else 0.0
         share = [batch[i] for i in mine]
         with torch.set_grad_enabled(backward):
             ref_logps = reference(share, [numbers[i] for i in mine]) if reference else None
@@ -428,6 +487,8 @@ def run_pairs(
         means = {name: weight * value.double().sum() / len(batch) for name, value in report.items()}
         for name, value in {"loss": loss.detach().double(), **means}.items():
             sums[name] = sums.get(name, 0) + value
+    if not backward:
+        model.reshard()  # after a forward pass the root would wait for its backward, in the precision of computing
     table = torch.stack(list(sums.values()))
     dist.all_reduce(table)
     return dict(zip(sums, table.tolist()))
@@ -476,7 +537,7 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
         return settings.lr * (step + 1) / warmup
     left = 1 - (step - warmup) / (steps - warmup)
     shape = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
-    return settings.lr * shape[settings.schedule]
+    return settings.lr * shape[settings.lr_schedule]
 
 
 def prepare_out(settings: Settings) -> Path:
@@ -489,6 +550,7 @@ def prepare_out(settings: Settings) -> Path:
         raise FileExistsError(f"{out} holds a finished run: pass --overwrite to replace it, or another --out")
     if out.exists() and any(out.iterdir()) and not (out / "metrics.jsonl").exists():
         raise FileExistsError(f"{out} is not empty and holds no run of ours: pass another --out")
+    shutil.rmtree(out / "model", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -543,22 +605,26 @@ def describe(metrics: dict[str, float]) -> str:
 
 def main() -> None:
     settings = read_settings()
-    device, mesh = start_processes(settings)
     try:
-        train(settings, device, mesh)
+        train(settings, *start_processes(settings))
     except (data.DataError, CheckpointError, OSError, FloatingPointError) as e:
         if dist.get_rank() == 0:
             print(f"train.py: error: {e}", file=sys.stderr)
         sys.exit(1)
-    except torch.OutOfMemoryError as e:  # on whichever process it happens
-        print(f"train.py: error: {e}\nlower --microbatch-tokens ({settings.microbatch_tokens})", file=sys.stderr)
-        sys.exit(1)
+    except torch.OutOfMemoryError as e:  # on whichever process it happens: the others wait for it and cannot be asked
+        print(
+            f"train.py: error: {e}\nlower --microbatch-tokens ({settings.microbatch_tokens})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
     except KeyboardInterrupt:
         if dist.get_rank() == 0:
             print(f"\ntrain.py: interrupted; weights are not saved, metrics are in {settings.out}", file=sys.stderr)
         sys.exit(130)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
@@ -566,14 +632,16 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         settings.dtype = "bf16" if device.type == "cuda" else "fp32"
 
     # What to train, on what. Errors come before anything is written.
-    source = on_every_rank(lambda: data.local_path(settings.model, "model", llama.CHECKPOINT_FILES))[dist.get_rank()]
-    config, weights = Config.from_folder(source), Weights(source)
-    tokenizer = Tokenizer(source, data.read_template(settings.chat_template))
-    tokenizer.check_fits(config.vocab_size)
+    [source, config, weights, tokenizer] = agree(lambda: read_inputs(settings))
+    if settings.max_length > config.max_position_embeddings:
+        say(
+            f"warning: --max-length {settings.max_length}, but the model knows {config.max_position_embeddings} positions"
+        )
     trees, counts = load_trees(settings.data, tokenizer, settings)
     held_out, eval_counts = load_trees(settings.eval_data, tokenizer, settings) if settings.eval_data else ([], {})
-    steps = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed)[: settings.max_steps]
-    policy = build_model(weights, config, mesh, settings, trainable=True)
+    epochs = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
+    steps = list(itertools.islice(epochs, settings.max_steps))
+    policy = agree(lambda: build_model(weights, config, mesh, settings, trainable=True))
     parameters = sum(p.numel() for p in policy.parameters())
 
     out = on_every_rank(lambda: prepare_out(settings) if dist.get_rank() == 0 else None)[0]
@@ -589,7 +657,8 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
             "steps": len(steps),
             "processes": dist.get_world_size(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},
         }
         (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
         metrics_file = open(out / "metrics.jsonl", "w")
@@ -605,6 +674,7 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         else:
             reference = held_out_reference = online_reference(frozen)
         del frozen
+        gc.collect()  # FSDP's modules refer to each other in circles: without this a cached reference stays in memory
 
     betas = settings.adam_beta1, settings.adam_beta2
     optimizer = torch.optim.AdamW(
@@ -620,20 +690,23 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         if not held_out:
             return {}
         metrics = run_pairs(policy, held_out, list(range(len(held_out))), settings, held_out_reference, backward=False)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"held out, after {step} steps: loss {metrics['loss']}")
         log({"step": step} | {f"eval_{name}": value for name, value in metrics.items()})
         say(f"held out, after {step} steps:  {describe(metrics)}")
         return metrics
 
     details = {
         "simpo": f" with β {settings.beta:g} and γ {settings.gamma:g}",
-        "dpo": f" with β {settings.beta:g} and an {settings.reference} reference",
+        "dpo": f" with β {settings.beta:g}, reference {settings.reference}",
     }
     say(
-        f"{settings.objective}{details.get(settings.objective, '')}: {len(steps)} steps of {settings.batch_size} pairs, "
+        f"{settings.objective}{details.get(settings.objective, '')}: {len(steps)} steps of {len(steps[0])} pairs, "
         f"{parameters:,} parameters, {dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
     )
     before = evaluate(0)
     # The loop. Every process is in every line of it; metrics are sums over all of them.
+    seen = 0
     for step, numbers in enumerate(bar := progress(steps, settings.objective)):
         start = time.perf_counter()
         for group in optimizer.param_groups:
@@ -646,28 +719,28 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
             raise FloatingPointError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}; {pairs}")
         optimizer.step()
         optimizer.zero_grad()
+        seen += len(numbers)
         batch, seconds = [trees[n] for n in numbers], time.perf_counter() - start
         row = {
             "step": step + 1,
-            "epoch": min((step + 1) * settings.batch_size / len(trees), settings.epochs),
+            "epoch": seen / len(trees),
             **metrics,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **speed(config, batch, seconds, device),
             "peak_memory_gib": peak_memory_gib(device),
         }
-        log(row)
-        if bar.disable:
+        if (step + 1) % settings.log_every == 0:
+            log(row)
+        if not bar.disable:
+            bar.set_postfix_str(describe(row))
+        elif (step + 1) % settings.log_every == 0:
             rates = f"lr {row['learning_rate']:.2e}  {row['pairs_per_second']:.2f} pairs/s"
             say(f"step {step + 1}/{len(steps)}  {describe(row)}  {rates}")
-        else:
-            bar.set_postfix_str(describe(row))
         if settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < len(steps):
             evaluate(step + 1)
     after = evaluate(len(steps))
 
-    if dist.get_rank() == 0 and settings.overwrite:
-        shutil.rmtree(out / "model", ignore_errors=True)
     llama.save(
         policy, source, out / "model", weights.dtype, write=dist.get_rank() == 0, replace=tokenizer.changed_files()
     )

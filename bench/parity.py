@@ -35,7 +35,7 @@ def our_losses(objective: str, folder: Path) -> list[float]:
     """Losses of `train.py`, step by step."""
     write_pairs(folder / "pairs.jsonl")
     flags = {"objective": objective, "model": ROOT / "toy" / "checkpoint", "data": folder / "pairs.jsonl", "batch_size": BATCH, "lr": LR,
-             "schedule": "constant", "warmup_ratio": 0, "device": "cpu", "out": folder / objective, **OBJECTIVES[objective]}  # fmt: skip
+             "lr_schedule": "constant", "warmup_ratio": 0, "device": "cpu", "out": folder / objective, **OBJECTIVES[objective]}  # fmt: skip
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     subprocess.run([sys.executable, ROOT / "train.py", *arguments], check=True, capture_output=True)
     return [json.loads(line)["loss"] for line in (folder / objective / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 runs = [train.read_settings(flags) for flags in json.loads(Path(sys.argv[1]).read_text())]
-processes = train.start_processes(runs[0])
+device, _ = train.start_processes(runs[0])
 for settings in runs:
-    train.train(settings, *processes)
+    train.train(settings, device, train.make_mesh(settings, device.type))

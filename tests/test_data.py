@@ -884,7 +884,7 @@ def test_plan():
 @pytest.mark.parametrize("count, batch_size", [(10, 3), (12, 4), (2, 5), (1000, 128)])
 def test_batches(count, batch_size):
     """The same pairs in the same order on any hardware, and every pair once an epoch, the last few too."""
-    steps = data.batches(count, batch_size, epochs=3, seed=1)
+    steps = list(data.batches(count, batch_size, epochs=3, seed=1))
     epochs = np.concatenate(steps).reshape(3, count)
     assert (np.sort(epochs, axis=1) == np.arange(count)).all()
     assert [len(step) for step in steps] == (
@@ -892,9 +892,9 @@ def test_batches(count, batch_size):
     ) * 3
     if count > 2:
         assert (epochs[0] != epochs[1]).any()
-        assert (np.concatenate(data.batches(count, batch_size, epochs=1, seed=2)) != epochs[0]).any()
+        assert (np.concatenate(list(data.batches(count, batch_size, epochs=1, seed=2))) != epochs[0]).any()
     for other in (1, 7):
-        assert (np.concatenate(data.batches(count, other, epochs=2, seed=1)).reshape(2, count) == epochs[:2]).all()
+        assert (np.concatenate(list(data.batches(count, other, epochs=2, seed=1))).reshape(2, count) == epochs[:2]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -70,17 +72,17 @@ def losses(rows: list[dict]) -> list[float]:
 # One loss, however it is spread
 
 
-SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "sft": {}}
+SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "sft": {}}  # each on two processes, sharded
+COPIES = {"copies": {"objective": "simpo", "replicate": 2, "sft_weight": 0.1}}  # and one on two copies (HSDP)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     """The folder with a run of each of SPREAD on two processes with small micro-batches."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [
-        arguments(folder / objective, objective=objective, microbatch_tokens=200, **few_pairs(folder), **flags)
-        for objective, flags in SPREAD.items()
-    ]
+    wanted = {objective: {"objective": objective} | flags for objective, flags in SPREAD.items()} | COPIES
+    pairs = few_pairs(folder)
+    runs = [arguments(folder / name, microbatch_tokens=200, **pairs, **flags) for name, flags in wanted.items()]
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [
         sys.executable,
@@ -102,14 +104,14 @@ def few_pairs(folder: Path) -> dict:
     return {"data": folder / "few.jsonl", "eval_data": folder / "few.jsonl", "max_steps": 3}
 
 
-@pytest.mark.parametrize("objective", SPREAD)
-def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tmp_path, two_processes, objective):
+@pytest.mark.parametrize("name, objective", [(name, name) for name in SPREAD] + [("copies", "simpo")])
+def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tmp_path, two_processes, name, objective):
     """A mean of means, or a gradient averaged once too often, differs by the second step."""
     flags = few_pairs(tmp_path) | {"objective": objective} | SPREAD[objective]
     whole = run(monkeypatch, tmp_path / "whole", microbatch_tokens=10**6, **flags)
     assert len(losses(whole)) == 3
     alone = run(monkeypatch, tmp_path / "alone", microbatch_tokens=1, **flags)
-    for other in (alone, rows_of(two_processes / objective)):
+    for other in (alone, rows_of(two_processes / name)):
         for a, b in zip(whole, other, strict=True):
             assert a.keys() == b.keys()
             shared = a.keys() - {"tokens_per_second", "pairs_per_second", "peak_memory_gib"}
@@ -117,8 +119,8 @@ def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tm
                 {name: a[name] for name in shared}, rel=1e-5, abs=1e-6
             )
     weights = llama.load(tmp_path / "whole" / "model").state_dict()
-    for name, weight in llama.load(two_processes / objective / "model").state_dict().items():
-        torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5)
+    for tensor, weight in llama.load(two_processes / name / "model").state_dict().items():
+        torch.testing.assert_close(weight, weights[tensor], rtol=1e-4, atol=1e-5)
 
 
 def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
@@ -167,7 +169,7 @@ def test_losses_are_trl_s(monkeypatch, tmp_path, objective):
     record = json.loads(parity.RECORD.read_text())["losses"][objective]
     parity.write_pairs(tmp_path / "pairs.jsonl")
     rows = run(monkeypatch, tmp_path / "run", objective=objective, data=tmp_path / "pairs.jsonl", batch_size=parity.BATCH, max_steps=parity.STEPS,
-               lr=parity.LR, schedule="constant", warmup_ratio=0.0, **parity.OBJECTIVES[objective])  # fmt: skip
+               lr=parity.LR, lr_schedule="constant", warmup_ratio=0.0, **parity.OBJECTIVES[objective])  # fmt: skip
     assert len(record) == 8
     assert losses(rows) == pytest.approx(record, rel=1e-4)
 
@@ -227,8 +229,51 @@ def test_simpo_learns_and_the_folder_is_whole(monkeypatch, tmp_path):
     assert data.Tokenizer(tmp_path / "run" / "model").template is not None
 
 
-def test_reward_of_a_step_back_is_a_tie(monkeypatch, tmp_path):
-    """lr tiny, length normalisation off, γ 0: SimPO's reward is then β · log π, and its margin that of the sums."""
+def test_what_is_saved_are_the_master_weights(monkeypatch, tmp_path):
+    """Evaluation leaves a root gathered in bfloat16: saved like that, a float32 checkpoint would lose 16 bits of it."""
+    pairs = few_pairs(tmp_path)["data"]
+    run(monkeypatch, tmp_path / "run", dtype="bf16", data=pairs, eval_data=pairs, max_steps=1, lr=1e-30)
+    source = llama.load(TOY / "checkpoint").state_dict()
+    for name, weight in llama.load(tmp_path / "run" / "model").state_dict().items():
+        assert torch.equal(weight, source[name]), name
+
+
+def test_order_epochs_and_what_is_logged(monkeypatch, tmp_path):
+    """15 pairs in steps of 7 are 7, 7 and 1; --no-shuffle takes them as they stand in the file."""
+    flags = few_pairs(tmp_path) | {"epochs": 2, "max_steps": 6, "shuffle": False, "log_every": 2}
+    rows = [row for row in run(monkeypatch, tmp_path / "run", **flags) if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["epoch"] for row in rows] == pytest.approx([14 / 15, 22 / 15, 2])
+    assert [step.tolist() for step in data.batches(5, 2, 1, seed=0, shuffle=False)] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_cached_reference_leaves_memory(monkeypatch, tmp_path):
+    """FSDP's modules hold each other in circles, so `del` alone frees nothing."""
+    built, alive, build = [], [], train.build_model
+
+    def building(*args, **flags):
+        model = build(*args, **flags)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(train, "build_model", building)
+    monkeypatch.setattr(train, "learning_rate", lambda *_: alive.append([ref() is not None for ref in built]) or 0.0)
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | {"objective": "dpo", "reference": "cached", "max_steps": 1})
+    assert alive == [[True, False]]
+
+
+def test_compiled_blocks_give_the_same_losses(monkeypatch, tmp_path):
+    """Streams of several lengths through one compilation."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile on a CPU needs a C++ compiler")
+    flags = few_pairs(tmp_path) | {"max_steps": 1, "microbatch_tokens": 200, "activation_checkpointing": False}
+    plain = run(monkeypatch, tmp_path / "plain", **flags)
+    compiled = run(monkeypatch, tmp_path / "compiled", compile=True, **flags)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_length_normalisation_is_a_switch(monkeypatch, tmp_path):
+    """Off, SimPO's reward is β · log π, and its margin that of the sums; on, that of the averages."""
     [row] = run(monkeypatch, tmp_path / "run", length_norm=False, gamma_beta_ratio=0.0, beta=0.5, max_steps=1)
     assert row["rewards/margins"] == pytest.approx(0.5 * (row["logps/chosen"] - row["logps/rejected"]))
     [row] = run(monkeypatch, tmp_path / "normalised", gamma_beta_ratio=0.0, beta=0.5, max_steps=1)
@@ -242,9 +287,9 @@ def test_learning_rate():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[11] == pytest.approx(0.5)  # half way between 2 and 20
     assert 0 < rates[-1] < 0.01 and all(a >= b for a, b in itertools.pairwise(rates[1:]))
-    settings.schedule = "linear"
+    settings.lr_schedule = "linear"
     assert train.learning_rate(settings, 11, 20) == pytest.approx(0.5)
-    settings.schedule = "constant"
+    settings.lr_schedule = "constant"
     assert train.learning_rate(settings, 19, 20) == 1.0
 
 
@@ -301,6 +346,7 @@ def test_a_real_checkpoint_and_real_pairs(monkeypatch, tmp_path):
             "--max-prompt-length 100 leaves no room for a response in --max-length 100",
         ),
         ({"eval_every": 5}, "--eval-every goes with --eval-data"),
+        ({"data": ""}, "--data: is empty"),
         ({"leraning_rate": 1}, "unrecognized arguments: --leraning-rate=1"),
     ],
 )
@@ -341,7 +387,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_defaults_are_the_paper_s():
     """arXiv 2405.14734 section 3 and appendix B; γ is a ratio there in the published settings."""
     settings = train.read_settings(["--model", "m", "--data", "d"])
-    wanted = {"batch_size": 128, "epochs": 1, "adam_beta1": 0.9, "adam_beta2": 0.999, "schedule": "cosine", "warmup_ratio": 0.1, "max_grad_norm": 1.0,
+    wanted = {"batch_size": 128, "epochs": 1, "adam_beta1": 0.9, "adam_beta2": 0.999, "lr_schedule": "cosine", "warmup_ratio": 0.1, "max_grad_norm": 1.0,
               "max_length": 2048, "max_prompt_length": 1800, "beta": 2.0, "gamma_beta_ratio": 0.5, "lr": 1e-6, "objective": "simpo"}  # fmt: skip
     assert {name: getattr(settings, name) for name in wanted} == wanted
     assert train.read_settings(["--model", "m", "--data", "d", "--objective", "dpo"]).beta == 0.01
