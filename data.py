@@ -78,31 +78,27 @@ def local_path(name: str, kind: str, patterns: Iterable[str] = ("*",)) -> Path:
     import huggingface_hub
     import huggingface_hub.errors as hub
 
+    absent = f"{name}: no such file or folder"
     url = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    wanted = {"repo_type": kind, "revision": revision or None, "allow_patterns": list(patterns)}
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, repo_type=kind, revision=revision or None, allow_patterns=list(patterns)
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(repository, **wanted))
     except hub.HFValidationError:
-        raise DataError(f"{name}: no such file or folder") from None
+        raise DataError(absent) from None
     except hub.GatedRepoError:
         raise DataError(f"{name}: gated on the hub: accept its terms at {url}, then run `hf auth login`") from None
     except hub.RepositoryNotFoundError:
-        raise DataError(
-            f"{name}: no such file or folder here, and no such {kind} on the hub (or private: `hf auth login`)"
-        ) from None
+        raise DataError(f"{absent} here, and no such {kind} on the hub (or private: `hf auth login`)") from None
     except hub.RevisionNotFoundError:
         raise DataError(f"{name}: the {kind} has no revision {revision!r} on the hub") from None
     except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise DataError(f"{name}: no such file or folder here, and the hub cannot be reached ({reason}); download it where "
-                        f"there is a network and pass the folder") from None  # fmt: skip
+        hint = "download it where there is a network and pass the folder"
+        raise DataError(f"{absent} here, and the hub cannot be reached ({reason}); {hint}") from None
 
 
 def data_files(name: str) -> list[Path]:
-    """The files that `--data` names: one file, all data files of a folder, or those of `owner/name[@revision]` on the hub.
+    """The files that `--data` names: one file, all of a folder, or those of `owner/name[@revision]` on the hub.
 
     `NAME:SPLIT` keeps the files named after the split (train-00000-of-00003.parquet is train) or in a folder that is. A
     hub data set with several splits must be asked for one, lest somebody train on its test set."""
@@ -296,9 +292,8 @@ def _from_messages(chosen: object, rejected: object, where: str) -> Example:
 def _from_transcripts(chosen: str, rejected: str, where: str) -> Example:
     cut = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT_MARK)
     if cut < 0:
-        raise DataError(
-            f"{where}: chosen and rejected share no prompt: there is no 'prompt' field, and no common text up to {ASSISTANT_MARK!r}"
-        )
+        shared = f"no 'prompt' field, and no common text up to {ASSISTANT_MARK!r}"
+        raise DataError(f"{where}: chosen and rejected share no prompt: {shared}")
     cut += len(ASSISTANT_MARK)
     if any("\n\nHuman:" in text[cut:] for text in (chosen, rejected)):
         raise Dropped("a conversation that goes on after the two part")
@@ -307,12 +302,8 @@ def _from_transcripts(chosen: str, rejected: str, where: str) -> Example:
 
 def _from_candidates(record: dict, where: str) -> Example:
     responses, scores = record["responses"], record["scores"]
-    if (
-        not isinstance(responses, list)
-        or not isinstance(scores, list)
-        or len(responses) != len(scores)
-        or len(scores) < 2
-    ):
+    both_lists = isinstance(responses, list) and isinstance(scores, list)
+    if not both_lists or len(responses) != len(scores) or len(scores) < 2:
         raise DataError(f"{where}: responses and scores: expected two lists of one length, at least 2")
     if not all(isinstance(score, (int, float)) and score == score for score in scores):
         raise DataError(f"{where}: scores: expected numbers")
@@ -380,9 +371,11 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         settings = self._json("tokenizer_config.json")
-        special = {key: value.get("content") if isinstance(value, dict) else value
-                   for key, value in {**self._json("special_tokens_map.json"), **settings}.items() if key.endswith("_token")}  # fmt: skip
-        self.special = {key: value for key, value in special.items() if isinstance(value, str)}
+        named = {
+            key: v for key, v in (self._json("special_tokens_map.json") | settings).items() if key.endswith("_token")
+        }
+        texts = {key: v.get("content") if isinstance(v, dict) else v for key, v in named.items()}
+        self.special = {key: text for key, text in texts.items() if isinstance(text, str)}
         self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.stop_ids = self._stop_ids()
         self.bos_id = self._bos_id()
@@ -392,9 +385,8 @@ class Tokenizer:
         self.template = self._compile(source) if source else None
         self.tail = self._learn_end_of_turn() if self.template else ""
         if not self.stop_ids:
-            raise DataError(
-                f"{folder}: no end-of-sequence token: none in generation_config.json, config.json, tokenizer_config.json or the template"
-            )
+            files = "generation_config.json, config.json, tokenizer_config.json or the template"
+            raise DataError(f"{folder}: no end-of-sequence token: none in {files}")
         if not self.template:
             self.end_id = self._id(self.special.get("eos_token"))
             self.end_id = min(self.stop_ids) if self.end_id is None else self.end_id
@@ -487,13 +479,13 @@ class Tokenizer:
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = datetime.now().strftime  # the same moment, however long the run
-        environment.globals["dict"] = lambda *items, **more: dict(
-            *items, **more
-        )  # the type itself brings dict.update, which changes the data
+        # the type itself would bring dict.update along, which changes the data
+        environment.globals["dict"] = lambda *items, **more: dict(*items, **more)
         try:
             return environment.from_string(source)
         except jinja2.TemplateError as e:
-            raise DataError(f"{self.folder}: the chat template does not compile: {e}") from None
+            source = "--chat-template" if self.own_template else self.folder
+            raise DataError(f"{source}: the chat template does not compile: {e}") from None
 
     def render(self, messages: Messages, where: str, generation_prompt: bool = False) -> str:
         try:
@@ -519,9 +511,8 @@ class Tokenizer:
         ends = [i for i in ids if i in self.stop_ids] or [i for i in ids if i in added and added[i].special]
         end = ends[0] if ends else self._id(self.special.get("eos_token"))
         if end is None:
-            raise DataError(
-                f"{self.folder}: the chat template ends a turn with {tail!r}, which holds no special token, and there is no EOS"
-            )
+            ending = f"ends a turn with {tail!r}, which holds no special token, and there is no EOS"
+            raise DataError(f"{self.folder}: the chat template {ending}")
         self.end_id = end
         self.stop_ids |= {end}
         return tail[max(0, tail.find(self.backend.id_to_token(end))) :]
@@ -551,9 +542,8 @@ class Tokenizer:
             response = response.strip() if prompt.endswith(ASSISTANT_MARK) else response  # as the turns before it
         whole = self.render([*messages, {"role": "assistant", "content": response}], where)
         if not whole.startswith(prompt_text):
-            raise DataError(
-                f"{where}: the chat template renders the prompt differently once it is answered, so the response cannot be told from it"
-            )
+            problem = "renders the prompt differently once it is answered, so the response cannot be told from it"
+            raise DataError(f"{where}: the chat template {problem}")
         return whole[len(prompt_text) :].removesuffix(self.tail)
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:

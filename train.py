@@ -139,6 +139,12 @@ class Settings:
     log_every: int = option(1, "write metrics of every so many steps")
     eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
 
+    def __post_init__(self):
+        if self.beta is None:
+            self.beta = 0.01 if self.objective == "dpo" else 2.0
+        if self.max_prompt_length is None:
+            self.max_prompt_length = min(1800, self.max_length * 1800 // 2048)
+
     @property
     def gamma(self) -> float:
         return self.gamma_beta_ratio * self.beta
@@ -191,10 +197,6 @@ def read_settings(argv: list[str] | None = None) -> Settings:
             key: str(HERE / values[key]) for key in ("model", "data", "eval_data") if key in values and key not in flags
         }
     settings = Settings(**values)
-    if settings.beta is None:
-        settings.beta = 0.01 if settings.objective == "dpo" else 2.0
-    if settings.max_prompt_length is None:
-        settings.max_prompt_length = min(1800, settings.max_length * 1800 // 2048)
     if problem := settings_problem(settings):
         parser.error(problem)
     return settings
