@@ -894,7 +894,9 @@ def test_batches(count, batch_size):
         assert (epochs[0] != epochs[1]).any()
         assert (np.concatenate(list(data.batches(count, batch_size, epochs=1, seed=2))) != epochs[0]).any()
     for other in (1, 7):
-        assert (np.concatenate(list(data.batches(count, other, epochs=2, seed=1))).reshape(2, count) == epochs[:2]).all()
+        assert (
+            np.concatenate(list(data.batches(count, other, epochs=2, seed=1))).reshape(2, count) == epochs[:2]
+        ).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -258,7 +258,11 @@ def test_a_cached_reference_leaves_memory(monkeypatch, tmp_path):
 
     monkeypatch.setattr(train, "build_model", building)
     monkeypatch.setattr(train, "learning_rate", lambda *_: alive.append([ref() is not None for ref in built]) or 0.0)
-    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | {"objective": "dpo", "reference": "cached", "max_steps": 1})
+    run(
+        monkeypatch,
+        tmp_path / "run",
+        **few_pairs(tmp_path) | {"objective": "dpo", "reference": "cached", "max_steps": 1},
+    )
     assert alive == [[True, False]]
 
 

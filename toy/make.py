@@ -2,29 +2,35 @@
 
     python toy/make.py                        writes toy/checkpoint, toy/train.jsonl and toy/heldout.jsonl
 
-This is the pipeline of the paper's Instruct setting, run by the repository's own train.py and sample.py:
+This is the pipeline of the paper's Instruct setting, with the repository's own train.py and sample.py:
 
     corpus  ─ train.py --objective sft →  checkpoint  ─ sample.py, 4 a prompt →  candidates  ─ judge →  best against worst
 """
 
 import argparse
+import contextlib
+import functools
+import io
 import json
 import math
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import tokenizers
 import torch
+import torch.distributed as dist
 from tokenizers import models, pre_tokenizers
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import sample  # noqa: E402
+import train  # noqa: E402
 import world  # noqa: E402
 from model import Config, Llama, save  # noqa: E402
 
@@ -38,12 +44,39 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
 MAX_NEW_TOKENS = 128
 
 
-def run(script: str, **flags) -> None:
-    """`python SCRIPT --flag value …`, silent unless it fails."""
-    arguments = [str(part) for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
-    done = subprocess.run([sys.executable, HERE.parent / script, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{script} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+@functools.cache
+def processes() -> tuple:
+    """Device and mesh: of the processes that torchrun started, or of this one alone; joined once, as that takes seconds."""
+    return train.start_processes(train.read_settings(["--device=cpu"]))
+
+
+def on_rank_0(work: Callable):
+    """The result of `work()`, which rank 0 does alone while the others wait."""
+    processes()
+    return train.on_every_rank(lambda: work() if dist.get_rank() == 0 else None)[0]
+
+
+def words(flags: dict) -> list[str]:
+    """{"batch_size": 32, "length_norm": False} → ["--batch-size=32", "--no-length-norm"]"""
+    named = {name.replace("_", "-"): value for name, value in flags.items()}
+    return [
+        f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"
+        for name, value in named.items()
+    ]
+
+
+def run_train(out: Path, **flags) -> Path:
+    """`train.py --out OUT --flag value …`, silently and in these processes. The trained checkpoint."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.train(train.read_settings(words(flags | {"out": out, "device": "cpu"})), *processes())
+    return out / "model"
+
+
+def run_sample(out: Path, **flags) -> list[dict]:
+    """`sample.py --out OUT --flag value …`, by rank 0. The records it wrote: `prompt` and its `responses`."""
+    flags |= {"out": out, "device": "cpu", "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 256}
+    on_rank_0(lambda: sample.sample(sample.read_flags(words(flags))))
+    return read_jsonl(out)
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
@@ -91,13 +124,18 @@ def write_untrained(folder: Path, seed: int) -> None:
 
 def finetune(folder: Path, seed: int, texts: int, steps: int) -> Path:
     """Corpus → untrained checkpoint → SFT checkpoint, all under `folder`."""
-    rng = Random(seed)
-    prompts = [world.make_prompt(rng) for _ in range(texts)]
-    write_jsonl(folder / "corpus.jsonl", [{"prompt": p, "completion": world.corpus_response(p, rng)} for p in prompts])
-    write_untrained(folder / "untrained", seed)
-    run("train.py", objective="sft", model=folder / "untrained", data=folder / "corpus.jsonl", out=folder / "sft", max_steps=steps,
-        epochs=math.ceil(steps * 48 / texts), batch_size=48, lr=6e-3, adam_beta2=0.98, seed=seed)  # fmt: skip
-    return folder / "sft" / "model"
+
+    def begin() -> None:
+        rng = Random(seed)
+        prompts = [world.make_prompt(rng) for _ in range(texts)]
+        write_jsonl(
+            folder / "corpus.jsonl", [{"prompt": p, "completion": world.corpus_response(p, rng)} for p in prompts]
+        )
+        write_untrained(folder / "untrained", seed)
+
+    on_rank_0(begin)
+    return run_train(folder / "sft", objective="sft", model=folder / "untrained", data=folder / "corpus.jsonl", max_steps=steps,
+                     epochs=math.ceil(steps * 48 / texts), batch_size=48, lr=6e-3, adam_beta2=0.98, seed=seed)  # fmt: skip
 
 
 def label(candidates: list[dict], rng: Random) -> list[dict]:
@@ -122,12 +160,11 @@ def sample_pairs(model: Path, folder: Path, seed: int, prompts: int, held_out: b
     """On-policy preference pairs: four samples a prompt at temperature 0.8, judged."""
     rng = Random(seed)
     name = "heldout" if held_out else "train"
-    write_jsonl(
-        folder / f"{name}-prompts.jsonl", [{"prompt": world.make_prompt(rng, held_out)} for _ in range(prompts)]
-    )
-    run("sample.py", model=model, prompts=folder / f"{name}-prompts.jsonl", out=folder / f"{name}-candidates.jsonl", num_samples=4,
-        temperature=0.8, max_new_tokens=MAX_NEW_TOKENS, seed=seed, batch_size=256)  # fmt: skip
-    return label(read_jsonl(folder / f"{name}-candidates.jsonl"), rng)
+    asked = [{"prompt": world.make_prompt(rng, held_out)} for _ in range(prompts)]
+    on_rank_0(lambda: write_jsonl(folder / f"{name}-prompts.jsonl", asked))
+    candidates = run_sample(folder / f"{name}-candidates.jsonl", model=model, prompts=folder / f"{name}-prompts.jsonl",
+                            num_samples=4, temperature=0.8, seed=seed)  # fmt: skip
+    return label(candidates, rng)
 
 
 def main() -> None:
