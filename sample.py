@@ -102,12 +102,13 @@ def decode(
     """Continue every prompt; yields (prompt number, token, whether it is the last) as tokens come.
 
     `batch_size` sequences are decoded at once; whichever ends, with a stop token, after `max_new_tokens` or with the
-    positions that the model knows, makes room for the next. temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off. `streams`: the name of each prompt's stream
+    positions that the model knows, makes room for the next. Raises DataError for a prompt that fills those. temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off. `streams`: the name of each prompt's stream
     of random numbers, its number by default."""
     weight = model.head_weight
     context = model.config.max_position_embeddings
     longest = max(map(len, prompts))
-    assert longest < context, f"a prompt of {longest} tokens leaves no room among {context} positions"
+    if longest >= context:
+        raise DataError(f"a prompt of {longest} tokens leaves no room among the model's {context} positions")
     # longest first: a step costs what its longest row costs
     waiting = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     length = min(longest + max_new_tokens, context)
@@ -215,11 +216,9 @@ def chat(model: Llama, tokenizer: Tokenizer, options: dict) -> None:
             return print()
         messages.append({"role": "user", "content": said})
         text = tokenizer.prompt_text(messages if tokenizer.template else said, "chat")
-        prompts, ids, shown = tokenizer.encode_prompts([text]), [], ""
-        if len(prompts[0]) >= model.config.max_position_embeddings:
-            raise DataError(f"the conversation fills the {model.config.max_position_embeddings} positions of the model")
+        ids, shown = [], ""
         try:
-            for _, token, _ in decode(model, prompts, tokenizer.stop_ids, **options):
+            for _, token, _ in decode(model, tokenizer.encode_prompts([text]), tokenizer.stop_ids, **options):
                 ids.append(token)
                 answer = tokenizer.decode(ids)
                 if not answer.endswith("\ufffd"):  # half a character: the rest is in the next token

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import model as llama
 import sample
 import tiny
-from data import Tokenizer
+from data import DataError, Tokenizer
 from model import Llama
 from sample import generate, pick
 
@@ -328,6 +328,23 @@ def test_chat_through_a_pipe():
     assert done.returncode == 0 and not done.stderr
     _, first, second, rest = done.stdout.split("\n> ")
     assert re.fullmatch(WORDS + "\n", first) and re.fullmatch(WORDS + "\n", second) and not rest.strip()
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1e-40, 1.0), (1e-300, 1.0), (1.0, 1e-46)])
+def test_extreme_settings_are_greedy(temperature, top_p):
+    """A division by next to nothing gives infinities, and a p of next to nothing keeps no token at all."""
+    logits, draws = torch.tensor([[1.0, 5.0, 2.0]] * 2), torch.tensor([0.0, 0.999])
+    assert pick(logits, draws, temperature, top_p, 0).tolist() == [1, 1]
+
+
+def test_a_prompt_or_an_answer_beyond_the_positions_of_the_model():
+    """RoPE would go on without complaint where the model never was; the cache must not be as long as the limit."""
+    model = llama.load(ROOT / "toy" / "checkpoint")
+    context = model.config.max_position_embeddings
+    [made] = sample.generate(model, [[1] * (context - 3)], set(), 10**12)
+    assert len(made) == 3
+    with pytest.raises(DataError, match=f"a prompt of {context} tokens leaves no room"):
+        sample.generate(model, [[1] * context], set(), 1)
 
 
 def test_chat_remembers_and_ends_with_an_empty_line(monkeypatch, capsys):
