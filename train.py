@@ -323,6 +323,11 @@ def on_every_rank(work: Callable) -> list:
     return gather(agree(work))
 
 
+def on_rank_0(work: Callable):
+    """The result of `work()`, which rank 0 does alone while the others wait."""
+    return on_every_rank(lambda: work() if dist.get_rank() == 0 else None)[0]
+
+
 def say(*words) -> None:
     if dist.get_rank() == 0:
         tqdm.write(" ".join(map(str, words)))
@@ -646,7 +651,7 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
     policy = agree(lambda: build_model(weights, config, mesh, settings, trainable=True))
     parameters = sum(p.numel() for p in policy.parameters())
 
-    out = on_every_rank(lambda: prepare_out(settings) if dist.get_rank() == 0 else None)[0]
+    out = on_rank_0(lambda: prepare_out(settings))
     metrics_file = None
     if dist.get_rank() == 0:
         record = {

@@ -23,7 +23,6 @@ from random import Random
 
 import tokenizers
 import torch
-import torch.distributed as dist
 from tokenizers import models, pre_tokenizers
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +52,7 @@ def processes() -> tuple:
 def on_rank_0(work: Callable):
     """The result of `work()`, which rank 0 does alone while the others wait."""
     processes()
-    return train.on_every_rank(lambda: work() if dist.get_rank() == 0 else None)[0]
+    return train.on_rank_0(work)
 
 
 def words(flags: dict) -> list[str]:
