@@ -1,6 +1,7 @@
 """The embedded default: made identically from a seed, loadable, small; and the miniature's verdicts follow from its numbers."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,17 @@ def test_the_committed_results_say_what_their_numbers_say():
         results = [r for claim in finding.claims if (r := miniature.checked(claim, record["seeds"]))]
         assert f"### {finding.title}: {miniature.verdict(results)}\n" in text
     assert miniature.results_table(record["seeds"]) in text
+
+
+def test_the_readme_quotes_lines_that_exist_and_the_committed_numbers():
+    readme = (ROOT / "README.md").read_text()
+    rows = [line.split(" | ") for line in readme.splitlines() if line.startswith("| Eq. ")]
+    assert len(rows) == 6
+    source = "".join((ROOT / name).read_text() for name in ("simpo.py", "train.py"))
+    for row in rows:
+        where, *code = row[2].split("`")[1::2]
+        assert f"def {where}(" in source and code and all(line in source for line in code), row
+        assert all((ROOT / link).exists() for link in re.findall(r"\]\((.*?)\)", row[3]))
+    table = miniature.results_table(json.loads((TOY / "results.json").read_text())["seeds"])
+    numbers = set(re.findall(r"[\d.]+ ± [\d.]+", readme[readme.index("## The paper in miniature") :].split("![")[0]))
+    assert len(numbers) > 12 and numbers <= set(re.findall(r"[\d.]+ ± [\d.]+", table))

@@ -302,7 +302,9 @@ FINDINGS = [
         Claim("clean labels: at 0.1 − at 0.8, points", gap("win_rate", SWEEP[0.1], SWEEP[0.8])),
         Claim("20 % swapped: at 0.3 − at 0, points", gap("win_rate", NOISY[0.3], NOISY[0])),
         Claim("20 % swapped: at 0.3 − at 0.8, points", gap("win_rate", NOISY[0.3], NOISY[0.8])),
-    ]),
+    ], "Where the last claim fails, unlike in an earlier study of this world: swapped labels pull back, so that the same γ takes the "
+       "model less far from SFT (in results.json, `chosen_avg_logp` and `margin_mean` at γ/β 0.8), and not yet past its peak. Seen "
+       "afterwards, not foreseen."),
     Finding("As γ grows, so does reward accuracy", "Figure 3a: a larger margin gives a higher reward accuracy.", [
         Claim("clean labels: accuracy at γ/β 0.8 − at 0, points", gap("accuracy", SWEEP[0.8], SWEEP[0])),
         Claim("20 % swapped: accuracy at γ/β 0.8 − at 0, points", gap("accuracy", NOISY[0.8], NOISY[0])),
