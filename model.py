@@ -158,6 +158,11 @@ def read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
 # Architecture
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, for what wants more bits than bfloat16 has; a float64 model stays in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -165,7 +170,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()  # the sum of squares wants more bits than bfloat16 has
+        x32 = wide(x)
         scale = x32.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
         return (x32 * scale).to(x.dtype) * self.weight
 
@@ -184,7 +189,7 @@ def rotary_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the feature pairs (i, i + E/2) of x [T, heads, E] by their position's angle; float32 inside."""
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = wide(x).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -292,7 +297,7 @@ def chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Every chunk's logits are made, reduced to one number a row, dropped, and made again in backward."""
 
     def logps(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return -F.cross_entropy(F.linear(h, w).float(), t, reduction="none")
+        return -F.cross_entropy(wide(F.linear(h, w)), t, reduction="none")
 
     rows = max(1, LOGITS_CHUNK // weight.shape[0])
     chunks = zip(hidden.split(rows), targets.split(rows))

@@ -10,27 +10,34 @@ number of tokens, and the step's loss is the sum over its pairs divided by their
 with little memory or much, optimise the very same loss. Every process takes the same path; one process is a group of
 one. Parameters are sharded by FSDP2, kept in float32, and computed with in `--dtype`.
 
-Writes OUT/config.json (everything resolved), OUT/metrics.jsonl (one object per step), OUT/model/ (a Hugging Face folder).
+Writes OUT/config.json (everything resolved), OUT/metrics.jsonl (one object per step), OUT/model/ (a Hugging Face folder),
+and with `--save-every N` OUT/checkpoints/step-NNNNNN, from which the same command goes on as if it had never stopped. So it
+does after SIGTERM and SIGUSR1 (Slurm's warnings), which save at the end of the step and exit with status 75.
 """
 
 import argparse
+import contextlib
 import difflib
+import fcntl
 import gc
+import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import platform
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
 import tomllib
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +45,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -122,8 +132,9 @@ class Settings:
     device: str = option("auto", "cuda where there is one, else cpu", ("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto",
-        "what is computed with: bf16 on cuda, fp32 on a cpu; master weights and the loss are always float32",
-        ("auto", "bf16", "fp32"),
+        "what is computed with: bf16 on cuda, fp32 on a cpu; master weights and the loss are float32 with both. fp64, "
+        "all of it in float64, is for telling a bug from rounding",
+        ("auto", "bf16", "fp32", "fp64"),
     )
     microbatch_tokens: int = option(8192, "tokens per forward pass and process: the memory knob; changes nothing else")
     activation_checkpointing: bool = option(
@@ -136,6 +147,13 @@ class Settings:
     # output
     out: str | None = option(None, "folder of the run; runs/OBJECTIVE-N with the first free N if absent")
     overwrite: bool = option(False, "replace a finished run in --out")
+    save_every: int = option(
+        0, "also keep what it takes to go on, every so many steps: 12 bytes a parameter; 0: only when told to stop"
+    )
+    keep: int = option(2, "how many of these checkpoints stay; one more is there while it is being written")
+    resume: str = option(
+        "auto", "auto: go on from the newest whole checkpoint in --out; PATH: from that one; never: begin anew"
+    )
     log_every: int = option(1, "write metrics of every so many steps")
     eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
 
@@ -247,11 +265,11 @@ def settings_problem(s: Settings) -> str | None:
     if s.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch sees no CUDA device here"
     positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length "
-    positive += "replicate log_every"
+    positive += "replicate log_every keep"
     for name in positive.split():
         if getattr(s, name) is not None and getattr(s, name) <= 0:
             return f"{flag(name)}: expected a positive number"
-    for name in "gamma_beta_ratio sft_weight weight_decay eval_every seed".split():
+    for name in "gamma_beta_ratio sft_weight weight_decay eval_every save_every seed".split():
         if getattr(s, name) < 0:
             return f"{flag(name)}: expected 0 or a positive number"
     for name, top in (("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
@@ -334,9 +352,16 @@ def say(*words) -> None:
         sys.stdout.flush()
 
 
-def progress(items, what: str):
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on some process."""
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def progress(items, what: str, **bar):
     """A bar on rank 0 of a terminal, silence elsewhere."""
-    return tqdm(items, desc=what, disable=None if dist.get_rank() == 0 else True, leave=False, dynamic_ncols=True)
+    return tqdm(items, desc=what, disable=None if dist.get_rank() == 0 else True, leave=False, dynamic_ncols=True, **bar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,13 +416,14 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
     """Empty on the meta device, sharded, then filled: nothing is ever whole on one process.
 
     The policy is kept in float32 and computed with in `--dtype`; a frozen reference needs only the latter."""
-    compute = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    compute = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[settings.dtype]
+    master = torch.promote_types(compute, torch.float32)
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config).to(master)
     weights.check(model)
     if not trainable:
         model.requires_grad_(False).to(compute)
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     for block in model.model.layers:
         block.recompute = settings.activation_checkpointing
         if settings.compile:
@@ -511,12 +537,17 @@ def online_reference(model: Llama) -> Reference:
     return score
 
 
-def cached_reference(model: Llama, trees: list[Tree], steps: list[np.ndarray], settings: Settings) -> Reference:
-    """Score every pair of `steps` once, now, and look the numbers up later. The model can be freed afterwards.
+def empty_table(trees: list[Tree], settings: Settings, device: torch.device) -> Tensor:
+    """Room for the reference's log-probabilities of every pair, [trees, 2], as precise as the policy's."""
+    return torch.zeros(len(trees), 2, device=device, dtype=torch.float64 if settings.dtype == "fp64" else torch.float32)
+
+
+def reference_table(model: Llama, trees: list[Tree], steps: list[np.ndarray], settings: Settings) -> Tensor:
+    """Every pair of `steps` scored once, [trees, 2]; the model can be freed afterwards.
 
     Goes through the very micro-batches that training will see, so that at step 0 policy and reference agree to the bit.
     """
-    table = torch.zeros(len(trees), 2, device=model.device)
+    table = empty_table(trees, settings, model.device)
     seen = torch.zeros(len(trees), device=model.device)
     online, rank = online_reference(model), dist.get_rank()
     for step in progress(steps, "reference"):
@@ -530,7 +561,127 @@ def cached_reference(model: Llama, trees: list[Tree], steps: list[np.ndarray], s
     dist.all_reduce(seen)
     wanted = np.unique(np.concatenate(steps))
     assert (seen[wanted] == 1).all(), "every pair is scored exactly once"
+    return table
+
+
+def cached_reference(table: Tensor) -> Reference:
+    """Look up what `reference_table` found."""
     return lambda trees, numbers: table[numbers]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: OUT/checkpoints/step-000120 holds all that the next step depends on, so that a run that was killed and
+# resumed is the unbroken run. Weights and moments lie in safetensors, each process's shards in its own files, read back by
+# any number of processes; nothing is pickled. No random state: the order of the pairs follows from seed and epoch, and
+# nothing else is random.
+
+RESUME_ME = 75  # exit status: stopped when told to, not done (EX_TEMPFAIL of sysexits.h)
+
+# what may change when a run goes on: results stay the same up to rounding; data is compared by its tokens
+FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing compile replicate
+                 out overwrite log_every eval_every save_every keep resume""".split())  # fmt: skip
+
+
+def identity(settings: Settings, trees: list[Tree], held_out: list[Tree]) -> dict:
+    """What must be the same for a run to go on: the settings that the mathematics depends on, and the tokens."""
+
+    def digest(trees: list[Tree]) -> str:
+        bits = hashlib.sha256()
+        for tree in trees:
+            for part in (tree.prompt, *tree.responses):
+                bits.update(len(part).to_bytes(8, "little") + part.tobytes())
+        return f"{len(trees)} with sha256 {bits.hexdigest()[:16]}"
+
+    same = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    return same | {"data": digest(trees), "eval_data": digest(held_out)}
+
+
+def training_state(policy: Llama, optimizer: torch.optim.AdamW, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a run under the names they are saved by, themselves: loading fills them in place."""
+    state = dict(tables)
+    for name, parameter in policy.named_parameters():
+        moments = optimizer.state[parameter]
+        if not moments:  # before the first step
+            moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            moments["step"] = torch.zeros((), device=parameter.device)
+        state |= {f"model.{name}": parameter.detach()}
+        state |= {f"optimizer.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+    return state
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((p for p in out.glob("checkpoints/step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def save_checkpoint(out: Path, state: dict[str, Tensor], record: dict, keep: int) -> Path:
+    """Write a checkpoint under another name, wait for the disk, then rename: whole or absent. Every process calls it.
+
+    record: what is no tensor; at least `step`. Raises OSError, and the older checkpoints stay, where the disk is full."""
+    path = out / "checkpoints" / f"step-{record['step']:06d}"
+    temporary = path.with_name(path.name + ".incomplete")
+    files, size = {}, 0  # DCP holds a whole file in memory: about 1 GiB each
+    for name, tensor in state.items():
+        size += tensor.nbytes // dist.get_world_size()
+        files[name] = 1 + size // 2**30
+
+    def begin() -> None:
+        for stale in path.parent.glob("*.incomplete"):
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        shutil.copyfile(out / "metrics.jsonl", temporary / "metrics.jsonl")
+        (temporary / "state.json").write_text(json.dumps(record, indent=2) + "\n")
+        for file in (temporary / "metrics.jsonl", temporary / "state.json", temporary):
+            llama.sync(file)
+        temporary.rename(path)
+        llama.sync(path.parent)
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old.rename(old.with_name(old.name + ".incomplete")))
+
+    try:
+        on_rank_0(begin)
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(temporary, files, save_distributed=True))
+        on_rank_0(finish)
+    except (CheckpointException, OSError) as e:
+        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        older = checkpoints(out)
+        raise OSError(f"{path}: cannot be saved: {cause}; " + (f"{older[-1]} is whole" if older else "there is no older one")) from None
+    return path
+
+
+def find_checkpoint(settings: Settings, out: Path, same: dict) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from and its record, or None and that of a run that begins.
+
+    Raises CheckpointError unless it is one of the same run."""
+    path = {"auto": next(reversed(checkpoints(out)), None), "never": None}.get(settings.resume, Path(settings.resume))
+    if path is None:
+        return None, {"step": 0}
+    record = llama.read_json(path / "state.json")
+    theirs = record.get("identity")
+    if not isinstance(record.get("step"), int) or not isinstance(theirs, dict):
+        raise CheckpointError(f"{path / 'state.json'}: not the state of a run")
+    differ = [f"{key.replace('_', '-')} {theirs.get(key)!r} (now {same.get(key)!r})"
+              for key in sorted(theirs | same) if theirs.get(key) != same.get(key)]  # fmt: skip
+    if differ:
+        raise CheckpointError(f"{path} is of another run: {', '.join(differ)}; pass these, another --out, or --resume never")
+    return path, record
+
+
+def load_checkpoint(path: Path, state: dict[str, Tensor], optimizer: torch.optim.AdamW, step: int) -> None:
+    """Fill `state` in place. Every process calls it. Raises CheckpointError for a damaged checkpoint."""
+    logging.disable(logging.WARNING)  # DCP would log the traceback of what is one line below
+    try:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(path))
+    except CheckpointException as e:
+        raise CheckpointError(f"{path}: cannot be read: {next(iter(e.failures.values()))[0]}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    for moments in optimizer.state.values():
+        moments["step"].fill_(step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,19 +698,43 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
     return settings.lr * shape[settings.lr_schedule]
 
 
-def prepare_out(settings: Settings) -> Path:
-    """The folder of this run, on rank 0: new, empty, or left by a run of ours that did not finish."""
+def prepare_out(settings: Settings, files: contextlib.ExitStack) -> typing.TextIO:
+    """Settle on the folder of this run and lock it, on rank 0: new, empty, or left by a run of ours that did not finish.
+
+    Returns OUT/metrics.jsonl, open; nobody else can have it until this process ends, however it ends."""
+    runs = Path("runs")
+    if settings.out is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has started us again
+        ours = (path.parent for path in runs.glob("*/config.json") if llama.read_json(path).get("launcher") == launcher())
+        settings.out = next(map(str, ours), None)
     if settings.out is None:
-        names = (Path("runs") / f"{settings.objective}-{n}" for n in range(1, 10**6))
-        settings.out = str(next(path for path in names if not path.exists()))
+        runs.mkdir(exist_ok=True)
+        for path in (runs / f"{settings.objective}-{n}" for n in itertools.count(1)):
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                settings.out = str(path)
+                break
     out = Path(settings.out)
-    if (out / "model").exists() and not settings.overwrite:
-        raise FileExistsError(f"{out} holds a finished run: pass --overwrite to replace it, or another --out")
     if out.exists() and any(out.iterdir()) and not (out / "metrics.jsonl").exists():
         raise FileExistsError(f"{out} is not empty and holds no run of ours: pass another --out")
-    shutil.rmtree(out / "model", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    return out
+    metrics = files.enter_context(open(out / "metrics.jsonl", "a+", encoding="utf-8"))
+    try:
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"{out}: another run is writing there") from None
+    if (out / "model").exists() and not settings.overwrite:
+        raise FileExistsError(f"{out} holds a finished run: pass --overwrite to replace it, or another --out")
+    if settings.resume == "never" and checkpoints(out) and not settings.overwrite:
+        raise FileExistsError(f"{out} holds checkpoints of a run: pass --overwrite to replace them, or another --out")
+    if (out / "model").exists() or settings.resume == "never":
+        for folder in ("model", "checkpoints"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+    return metrics
+
+
+def launcher() -> str:
+    """Whoever started this process: the same for all that one torchrun starts, and starts again."""
+    return f"{platform.node()}:{os.getppid()}"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -610,31 +785,58 @@ def describe(metrics: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def main() -> None:
-    settings = read_settings()
+@contextlib.contextmanager
+def one_line_errors(program: str, settings: Settings | None = None) -> Iterator[None]:
+    """What a user or a machine can cause ends with one line on stderr and status 1, on whichever process it happens."""
     try:
-        train(settings, *start_processes(settings))
+        yield
     except (data.DataError, CheckpointError, OSError, FloatingPointError) as e:
-        if dist.get_rank() == 0:
-            print(f"train.py: error: {e}", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{program}: error: {e}", file=sys.stderr)
         sys.exit(1)
-    except torch.OutOfMemoryError as e:  # on whichever process it happens: the others wait for it and cannot be asked
-        print(
-            f"train.py: error: {e}\nlower --microbatch-tokens ({settings.microbatch_tokens})",
-            file=sys.stderr,
-            flush=True,
-        )
+    except torch.OutOfMemoryError as e:  # the others wait for this process and cannot be asked
+        print(f"{program}: error: {e}\nlower --microbatch-tokens", file=sys.stderr, flush=True)
         os._exit(1)
     except KeyboardInterrupt:
-        if dist.get_rank() == 0:
-            print(f"\ntrain.py: interrupted; weights are not saved, metrics are in {settings.out}", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            out = Path(settings.out) if settings and settings.out else None
+            saved = checkpoints(out) if out else []
+            kept = f"{saved[-1]} is kept: go on with the same flags and --out {out}" if saved else "no weights are kept"
+            print(f"\n{program}: interrupted; {kept}" + (f"; metrics are in {out}" if out else ""), file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGUSR1 has come, or the torchrun that started this process has died and left it alone."""
+    told, parent = [], os.getppid()
+    before = {number: signal.signal(number, lambda *_: told.append(True)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(told) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    settings = read_settings()
+    with told_to_stop() as told, one_line_errors("train.py", settings):
+        train(settings, *start_processes(settings), told)
+
+
+def train(settings: Settings, device: torch.device, mesh: DeviceMesh, told: Callable[[], bool] = lambda: False) -> None:
+    """One run, from reading to saving. Once `told()` is true on some process, it saves its state at the end of the step
+    and leaves with status RESUME_ME."""
+    with contextlib.ExitStack() as files:  # closed, and OUT unlocked, however the run ends
+        run(settings, device, mesh, told, files)
+
+
+def run(
+    settings: Settings, device: torch.device, mesh: DeviceMesh, told: Callable[[], bool], files: contextlib.ExitStack
+) -> None:
     if settings.dtype == "auto":
         settings.dtype = "bf16" if device.type == "cuda" else "fp32"
 
@@ -651,33 +853,48 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
     policy = agree(lambda: build_model(weights, config, mesh, settings, trainable=True))
     parameters = sum(p.numel() for p in policy.parameters())
 
-    out = on_rank_0(lambda: prepare_out(settings))
-    metrics_file = None
-    if dist.get_rank() == 0:
+    # Where it goes, and whether it goes on from somewhere.
+    metrics_file = agree(lambda: prepare_out(settings, files) if dist.get_rank() == 0 else None)
+    settings.out = on_rank_0(lambda: settings.out)
+    out = Path(settings.out)
+    same = identity(settings, trees, held_out)
+    resumed, state = on_rank_0(lambda: find_checkpoint(settings, out, same))
+    first = state["step"]
+    if metrics_file:
+        metrics_file.truncate(0)
+        metrics_file.write((resumed / "metrics.jsonl").read_text(encoding="utf-8") if resumed else "")
         record = {
-            "settings": asdict(settings) | {"gamma": settings.gamma, "out": str(out)},
+            "settings": asdict(settings) | {"gamma": settings.gamma},
             "source": str(source),
+            "resumed": str(resumed) if resumed else None,
             "architecture": asdict(config),
             "parameters": parameters,
             "data": counts,
             "eval_data": eval_counts,
             "steps": len(steps),
             "processes": dist.get_world_size(),
+            "launcher": launcher(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},
         }
         (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-        metrics_file = open(out / "metrics.jsonl", "w")
 
     reference = held_out_reference = None
+    tables: dict[str, Tensor] = {}  # of a cached reference
     if settings.objective == "dpo":
-        frozen = build_model(weights, config, mesh, settings, trainable=False)
+        frozen = None
+        if settings.reference == "online" or not resumed:
+            frozen = build_model(weights, config, mesh, settings, trainable=False)
         if settings.reference == "cached":
             first_epoch = steps[: math.ceil(len(trees) / settings.batch_size)]
-            reference = cached_reference(frozen, trees, first_epoch, settings)
-            if held_out:
-                held_out_reference = cached_reference(frozen, held_out, [np.arange(len(held_out))], settings)
+            wanted = {"reference": (trees, first_epoch), "held_out_reference": (held_out, [np.arange(len(held_out))])}
+            tables = {
+                name: reference_table(frozen, *what, settings) if frozen else empty_table(what[0], settings, device)
+                for name, what in wanted.items()
+                if what[0]
+            }
+            reference, held_out_reference = (cached_reference(tables.get(name)) for name in wanted)
         else:
             reference = held_out_reference = online_reference(frozen)
         del frozen
@@ -687,6 +904,9 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), settings.lr, betas, settings.adam_eps, settings.weight_decay, fused=True
     )
+    if resumed:
+        load_checkpoint(resumed, training_state(policy, optimizer, tables), optimizer, first)
+        say(f"resumed from {resumed}")
 
     def log(row: dict) -> None:
         if metrics_file:
@@ -711,10 +931,11 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         f"{settings.objective}{details.get(settings.objective, '')}: {len(steps)} steps of {len(steps[0])} pairs, "
         f"{parameters:,} parameters, {dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
     )
-    before = evaluate(0)
+    before = state["before"] if resumed else evaluate(0)
     # The loop. Every process is in every line of it; metrics are sums over all of them.
-    seen = 0
-    for step, numbers in enumerate(bar := progress(steps, settings.objective)):
+    seen = sum(map(len, steps[:first]))
+    bar = progress(steps[first:], settings.objective, initial=first, total=len(steps))
+    for step, numbers in enumerate(bar, first):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, len(steps))
@@ -744,8 +965,16 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         elif (step + 1) % settings.log_every == 0:
             rates = f"lr {row['learning_rate']:.2e}  {row['pairs_per_second']:.2f} pairs/s"
             say(f"step {step + 1}/{len(steps)}  {describe(row)}  {rates}")
-        if settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < len(steps):
+        unfinished = step + 1 < len(steps)
+        if settings.eval_every and (step + 1) % settings.eval_every == 0 and unfinished:
             evaluate(step + 1)
+        stop = any_process(told(), device)
+        if stop or settings.save_every and (step + 1) % settings.save_every == 0 and unfinished:
+            state = {"step": step + 1, "before": before, "identity": same}
+            path = save_checkpoint(out, training_state(policy, optimizer, tables), state, settings.keep)
+        if stop:
+            say(f"told to stop: {path} is kept; go on with the same flags and --out {out}")
+            sys.exit(RESUME_ME)
     after = evaluate(len(steps))
 
     llama.save(

@@ -13,8 +13,10 @@ import functools
 import io
 import json
 import math
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -122,7 +124,9 @@ def write_untrained(folder: Path, seed: int) -> None:
 
 
 def finetune(folder: Path, seed: int, texts: int, steps: int) -> Path:
-    """Corpus → untrained checkpoint → SFT checkpoint, all under `folder`."""
+    """Corpus → untrained checkpoint → SFT checkpoint, all under `folder`.
+
+    Hundreds of steps at a high rate make another model of the last bit of a sum: always one process of one thread here."""
 
     def begin() -> None:
         rng = Random(seed)
@@ -132,9 +136,21 @@ def finetune(folder: Path, seed: int, texts: int, steps: int) -> Path:
         )
         write_untrained(folder / "untrained", seed)
 
-    on_rank_0(begin)
-    return run_train(folder / "sft", objective="sft", model=folder / "untrained", data=folder / "corpus.jsonl", max_steps=steps,
-                     epochs=math.ceil(steps * 48 / texts), batch_size=48, lr=6e-3, adam_beta2=0.98, seed=seed)  # fmt: skip
+    flags = {
+        "objective": "sft", "model": folder / "untrained", "data": folder / "corpus.jsonl", "max_steps": steps, "device": "cpu",
+        "epochs": math.ceil(steps * 48 / texts), "batch_size": 48, "lr": 6e-3, "adam_beta2": 0.98, "seed": seed, "out": folder / "sft",
+    }  # fmt: skip
+
+    def tune() -> None:
+        begin()
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        command = [sys.executable, HERE.parent / "train.py", *words(flags)]
+        done = subprocess.run(command, env=alone | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"fine-tuning failed: {done.stderr.strip()}")
+
+    on_rank_0(tune)
+    return folder / "sft" / "model"
 
 
 def label(candidates: list[dict], rng: Random) -> list[dict]:

@@ -37,8 +37,7 @@ import analyze  # noqa: E402
 import make  # noqa: E402
 import train  # noqa: E402
 import world  # noqa: E402
-from data import DataError, Tokenizer  # noqa: E402
-from model import CheckpointError  # noqa: E402
+from data import Tokenizer  # noqa: E402
 from model import load as load_model  # noqa: E402
 
 FIRST_SEED = 101  # 0–3 were used while the world and the settings were chosen; these were drawn once all was frozen
@@ -666,7 +665,7 @@ def main() -> None:
         ]
     )
     seeds: list[dict] = []
-    try:
+    with train.one_line_errors("miniature.py"):
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
             work = Path(make.on_rank_0(lambda: tempfile.mkdtemp(prefix="miniature-")))
             try:
@@ -691,13 +690,6 @@ def main() -> None:
         train.say(analyze.table(["finding", "here"], [[title, words.strip("*")] for title, _, words in summary]))
         if flags.out:
             train.say(f"\n{flags.out}/RESULTS.md, results.json and figures")
-    except (DataError, CheckpointError, OSError, FloatingPointError) as e:
-        if dist.get_rank() == 0:
-            print(f"miniature.py: error: {e}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def dist_size() -> int:
