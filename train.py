@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 import data
 import model as llama
+from baselines import cpo_loss, ipo_loss, kto_loss, orpo_loss, rdpo_loss, rrhf_loss, slic_loss
 from data import Tokenizer, Tree
 from model import CheckpointError, Config, Llama, Weights
 from sample import generate
@@ -56,6 +57,22 @@ HERE = Path(__file__).resolve().parent
 # Settings: one table. A flag is `--batch-size`, a key of a TOML file `batch-size` or `batch_size`.
 
 
+# objective: the hyperparameters that are its own, with the value taken where none is given
+HYPERPARAMETERS = {
+    "simpo": {"beta": 2.0, "length_norm": True},
+    "dpo": {"beta": 0.01},
+    "rrhf": {"lam": 1.0},
+    "slic": {"lam": 1.0, "delta": 1.0},
+    "ipo": {"beta": 0.1, "length_norm": False},
+    "cpo": {"beta": 0.01, "lam": 1.0},
+    "kto": {"beta": 0.01},
+    "orpo": {"lam": 0.1},
+    "rdpo": {"beta": 0.01, "alpha": 0.05},
+    "sft": {},
+}
+NEEDS_REFERENCE = {"dpo", "ipo", "kto", "rdpo"}
+
+
 def option(default, help: str, choices: tuple = ()):
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -64,7 +81,9 @@ def option(default, help: str, choices: tuple = ()):
 class Settings:
     # what to train, on what
     objective: str = option(
-        "simpo", "what to optimise; sft trains on the chosen responses alone", ("simpo", "dpo", "sft")
+        "simpo",
+        "what to optimise: baselines.py has the formulas; sft trains on the chosen responses alone",
+        tuple(HYPERPARAMETERS),
     )
     model: str | None = option(
         None, "checkpoint: a Hugging Face folder, or a hub id NAME[@REVISION]; the toy's if absent"
@@ -85,19 +104,32 @@ class Settings:
     )
     # the objective
     beta: float | None = option(
-        None, "β, the scale of the reward: 2.0 for SimPO, 0.01 for DPO if absent (the paper tunes 2.0–10 and 0.01–0.1)"
+        None,
+        "β, the scale of the reward: 2.0 for simpo (the paper tunes 2.0–10), 0.01 for dpo, cpo, kto and rdpo "
+        "(0.01, 0.05, 0.1); for ipo its τ, 0.1 (0.01, 0.1, 0.5, 1.0)",
     )
     gamma_beta_ratio: float = option(
-        0.5, "SimPO's margin γ as a multiple of β, γ = ratio · β; 0 is the paper's ablation (the paper tunes 0.1–0.8)"
+        0.5, "simpo's margin γ as a multiple of β, γ = ratio · β; 0 is the paper's ablation (the paper tunes 0.1–0.8)"
     )
-    length_norm: bool = option(
-        True, "SimPO: divide log-probabilities by response length; --no-length-norm is the paper's ablation"
+    length_norm: bool | None = option(
+        None,
+        "divide log-probabilities by response length: on for simpo, where --no-length-norm is the paper's ablation; off "
+        "for ipo, where --length-norm is TRL's form",
     )
-    label_smoothing: float = option(0.0, "probability that a pair's label is wrong (conservative DPO), below 0.5")
-    sft_weight: float = option(0.0, "add this times the mean negative log-likelihood of a chosen token")
+    lam: float | None = option(
+        None,
+        "λ, weight of the SFT term, a sum over the response, in rrhf and slic, 1.0 (the paper tunes 0.1, 0.5, 1.0, "
+        "10), and in cpo, 1.0 (not tuned); weight of the odds ratio in orpo, 0.1 (0.1, 0.5, 1.0, 2.0)",
+    )
+    delta: float | None = option(None, "slic's margin δ in nats, 1.0 (the paper tunes 0.1, 0.5, 1.0, 2.0)")
+    alpha: float | None = option(None, "rdpo's α per token of length, 0.05 (the paper tunes 0.05, 0.1, 0.5, 1.0)")
+    label_smoothing: float = option(0.0, "simpo, dpo: probability that a pair's label is wrong, below 0.5")
+    sft_weight: float = option(
+        0.0, "add this times the mean negative log-likelihood of a chosen token, to any objective"
+    )
     reference: str = option(
         "online",
-        "DPO's reference: online keeps a frozen copy in memory; cached scores all pairs once, then frees it",
+        "of dpo, ipo, kto, rdpo: online keeps a frozen copy in memory; cached scores all pairs once, then frees it",
         ("online", "cached"),
     )
     # optimisation
@@ -140,14 +172,15 @@ class Settings:
     eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
 
     def __post_init__(self):
-        if self.beta is None:
-            self.beta = 0.01 if self.objective == "dpo" else 2.0
+        for name, value in HYPERPARAMETERS.get(self.objective, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.max_prompt_length is None:
             self.max_prompt_length = min(1800, self.max_length * 1800 // 2048)
 
     @property
-    def gamma(self) -> float:
-        return self.gamma_beta_ratio * self.beta
+    def gamma(self) -> float | None:
+        return self.gamma_beta_ratio * self.beta if self.objective == "simpo" else None
 
 
 SECTIONS = {
@@ -246,13 +279,20 @@ def settings_problem(s: Settings) -> str | None:
         return "--model and --data go together; without both, the toy is trained"
     if s.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch sees no CUDA device here"
+    own = HYPERPARAMETERS[s.objective]
+    for name in ("beta", "length_norm", "lam", "delta", "alpha"):
+        if getattr(s, name) is not None and name not in own:
+            users = [objective for objective, names in HYPERPARAMETERS.items() if name in names]
+            return f"{flag(name)}: nothing that {s.objective} has; it belongs to {', '.join(users)}"
+    if s.label_smoothing and s.objective not in ("simpo", "dpo"):
+        return f"--label-smoothing: nothing that {s.objective} has; it belongs to simpo, dpo"
     positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length "
     positive += "replicate log_every"
     for name in positive.split():
         if getattr(s, name) is not None and getattr(s, name) <= 0:
             return f"{flag(name)}: expected a positive number"
-    for name in "gamma_beta_ratio sft_weight weight_decay eval_every seed".split():
-        if getattr(s, name) < 0:
+    for name in "gamma_beta_ratio lam delta alpha sft_weight weight_decay eval_every seed".split():
+        if getattr(s, name) is not None and getattr(s, name) < 0:
             return f"{flag(name)}: expected 0 or a positive number"
     for name, top in (("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
         if not 0 <= getattr(s, name) < top:
@@ -430,30 +470,39 @@ def response_lengths(model: Llama, trees: list[Tree]) -> Tensor:
 
 
 def pair_losses(
-    settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None
+    settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None, z_ref: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of every pair and what to report of it, all [pairs]; the one place where the objective is chosen.
 
-    logps, ref_logps: summed, in nats, [pairs, (chosen, rejected)]; lengths: in tokens, likewise."""
+    logps, ref_logps: summed, in nats, [pairs, (chosen, rejected)]; lengths: in tokens, likewise; z_ref: KTO's."""
     names = ("chosen", "rejected")[: logps.shape[1]]
     report = {f"logps/{name}": column for name, column in zip(names, logps.detach().unbind(1))}
     report |= {f"avg_logps/{name}": column for name, column in zip(names, (logps.detach() / lengths).unbind(1))}
     report |= {f"lengths/{name}": column for name, column in zip(names, lengths.unbind(1))}
-    if settings.objective == "sft":
-        return torch.zeros_like(logps[:, 0]), report
-    if settings.objective == "simpo":
-        losses, chosen, rejected = simpo_loss(
-            *logps.unbind(1),
-            *lengths.unbind(1),
-            settings.beta,
-            settings.gamma,
-            settings.label_smoothing,
-            settings.length_norm,
-        )
-    else:
-        losses, chosen, rejected = dpo_loss(
-            *logps.unbind(1), *ref_logps.unbind(1), settings.beta, settings.label_smoothing
-        )
+    s, policy, tokens = settings, logps.unbind(1), lengths.unbind(1)
+    reference = ref_logps.unbind(1) if s.objective in NEEDS_REFERENCE else ()
+    match s.objective:
+        case "sft":
+            return torch.zeros_like(logps[:, 0]), report
+        case "simpo":
+            result = simpo_loss(*policy, *tokens, s.beta, s.gamma, s.label_smoothing, s.length_norm)
+        case "dpo":
+            result = dpo_loss(*policy, *reference, s.beta, s.label_smoothing)
+        case "rrhf":
+            result = rrhf_loss(*policy, *tokens, s.lam)
+        case "slic":
+            result = slic_loss(*policy, s.delta, s.lam)
+        case "ipo":
+            result = ipo_loss(*policy, *reference, *tokens, s.beta, s.length_norm)
+        case "cpo":
+            result = cpo_loss(*policy, s.beta, s.lam)
+        case "kto":
+            result = kto_loss(*policy, *reference, s.beta, z_ref)
+        case "orpo":
+            result = orpo_loss(*policy, *tokens, s.lam)
+        case "rdpo":
+            result = rdpo_loss(*policy, *reference, *tokens, s.beta, s.alpha)
+    losses, chosen, rejected = result
     report |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
     report["rewards/accuracies"] = (chosen > rejected).float() + (chosen == rejected).float() / 2  # a tie is half right
     return losses, report
@@ -469,11 +518,16 @@ def run_pairs(
     settings: Settings,
     reference: Reference | None,
     backward: bool,
+    z_ref: float | None = None,
 ) -> dict[str, float]:
     """Forward, and with `backward` also backward, over the pairs `numbers`; training and evaluation both.
 
     Spreads them over processes and micro-batches; gradients and the metrics returned are those of all pairs together.
-    A process whose share is empty computes one pair at weight 0, since FSDP needs everybody at every forward pass."""
+    A process whose share is empty computes one pair at weight 0, since FSDP needs everybody at every forward pass.
+    KTO compares with the mean reward of the whole step, `z_ref`: it is found by a pass without gradient."""
+    if settings.objective == "kto" and z_ref is None:
+        means = run_pairs(model, trees, numbers, settings, reference, backward=False, z_ref=0.0)
+        z_ref = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
     batch = [trees[n] for n in numbers]
     rank, world = dist.get_rank(), dist.get_world_size()
     sft_weight = settings.sft_weight + (settings.objective == "sft")
@@ -487,7 +541,7 @@ def run_pairs(
         with torch.set_grad_enabled(backward):
             ref_logps = reference(share, [numbers[i] for i in mine]) if reference else None
             logps, lengths = response_logps(model, share), response_lengths(model, share)
-            losses, report = pair_losses(settings, logps, lengths, ref_logps)
+            losses, report = pair_losses(settings, logps, lengths, ref_logps, z_ref)
             loss = weight * (losses.sum() / len(batch) - sft_weight * logps[:, 0].sum() / chosen_tokens)
         if backward:
             (loss * world).backward()  # FSDP averages over processes; ours is a sum
@@ -671,7 +725,7 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         metrics_file = open(out / "metrics.jsonl", "w")
 
     reference = held_out_reference = None
-    if settings.objective == "dpo":
+    if settings.objective in NEEDS_REFERENCE:
         frozen = build_model(weights, config, mesh, settings, trainable=False)
         if settings.reference == "cached":
             first_epoch = steps[: math.ceil(len(trees) / settings.batch_size)]
@@ -703,13 +757,13 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         say(f"held out, after {step} steps:  {describe(metrics)}")
         return metrics
 
-    details = {
-        "simpo": f" with β {settings.beta:g} and γ {settings.gamma:g}",
-        "dpo": f" with β {settings.beta:g}, reference {settings.reference}",
-    }
+    details = {name: getattr(settings, name) for name in HYPERPARAMETERS[settings.objective]}
+    details |= {"gamma": settings.gamma} if settings.objective == "simpo" else {}
+    details |= {"reference": settings.reference} if settings.objective in NEEDS_REFERENCE else {}
     say(
-        f"{settings.objective}{details.get(settings.objective, '')}: {len(steps)} steps of {len(steps[0])} pairs, "
-        f"{parameters:,} parameters, {dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
+        f"{', '.join([settings.objective, *(f'{name} {value}' for name, value in details.items())])}: "
+        f"{len(steps)} steps of {len(steps[0])} pairs, {parameters:,} parameters, "
+        f"{dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
     )
     before = evaluate(0)
     # The loop. Every process is in every line of it; metrics are sums over all of them.

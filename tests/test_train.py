@@ -72,7 +72,8 @@ def losses(rows: list[dict]) -> list[float]:
 # One loss, however it is spread
 
 
-SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "sft": {}}  # each on two processes, sharded
+SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "rrhf": {}, "slic": {}, "ipo": {}, "cpo": {"beta": 0.1}, "kto": {"beta": 0.5},
+          "orpo": {}, "rdpo": {"beta": 0.1}, "sft": {}}  # fmt: skip  # each on two processes, sharded
 COPIES = {"copies": {"objective": "simpo", "replicate": 2, "sft_weight": 0.1}}  # and one on two copies (HSDP)
 
 
@@ -124,15 +125,13 @@ def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tm
 
 
 def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
-    """Against the model called one response at a time, outside of any packing and planning: the mean over pairs, and for
-    SFT the mean over tokens."""
+    """Against the model called one response at a time, outside of any packing and planning: the mean over pairs with β = 2
+    and γ = 1, the defaults, and for SFT the mean over tokens."""
     few = few_pairs(tmp_path)["data"]
     flags = {
         "data": few,
         "batch_size": 15,
         "max_steps": 1,
-        "beta": 2.0,
-        "gamma_beta_ratio": 0.5,
         "microbatch_tokens": 200,
     }
     [simpo] = run(monkeypatch, tmp_path / "simpo", **flags)
@@ -365,7 +364,7 @@ def test_usage_errors(monkeypatch, capsys, tmp_path, flags, line):
         ("gama-beta-ratio = 0.3", "unknown key 'gama-beta-ratio'; did you mean 'gamma_beta_ratio'?"),
         ("lr = '1e-6'", "lr = '1e-6': expected float"),
         ("batch_size = 1.5", "batch_size = 1.5: expected int"),
-        ("objective = 'ppo'", "--objective: 'ppo' is not one of simpo, dpo, sft"),
+        ("objective = 'ppo'", "--objective: 'ppo' is not one of simpo, dpo, rrhf"),
         ("lr = ", "cannot be read: "),
     ],
 )
