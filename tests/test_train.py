@@ -159,7 +159,7 @@ def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
     assert simpo["logps/rejected"] == pytest.approx(sum(float(l.sum()) for l in rejected) / 15, rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["simpo", "dpo"])
+@pytest.mark.parametrize("objective", ["simpo", "dpo", "ipo", "cpo", "kto", "orpo"])
 def test_losses_are_trl_s(monkeypatch, tmp_path, objective):
     """TRL's losses on the same checkpoint, pairs, order and AdamW, recorded by `bench/parity.py --record`."""
     monkeypatch.syspath_prepend(ROOT / "bench")
@@ -167,10 +167,9 @@ def test_losses_are_trl_s(monkeypatch, tmp_path, objective):
 
     record = json.loads(parity.RECORD.read_text())["losses"][objective]
     parity.write_pairs(tmp_path / "pairs.jsonl")
-    rows = run(monkeypatch, tmp_path / "run", objective=objective, data=tmp_path / "pairs.jsonl", batch_size=parity.BATCH, max_steps=parity.STEPS,
-               lr=parity.LR, lr_schedule="constant", warmup_ratio=0.0, **parity.OBJECTIVES[objective])  # fmt: skip
+    rows = run(monkeypatch, tmp_path / "run", data=tmp_path / "pairs.jsonl", **parity.settings_of(objective))
     assert len(record) == 8
-    assert losses(rows) == pytest.approx(record, rel=1e-4)
+    assert parity.losses_of(objective, rows) == pytest.approx(record, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
