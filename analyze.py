@@ -168,6 +168,9 @@ def open_policy(name: str, flags: argparse.Namespace) -> tuple[Path, train.Setti
     recorded = llama.read_json(record).get("settings", {}) if path.name == "model" and record.exists() else {}
     known = {f.name for f in fields(train.Settings)}
     values = {key: value for key, value in recorded.items() if key in known}
+    if flags.objective not in (None, recorded.get("objective")):  # hyperparameters of the run's own mean nothing to it
+        for name in {name for names in train.HYPERPARAMETERS.values() for name in names}:
+            values.pop(name, None)
     values |= {key: value for key, value in vars(flags).items() if key in known and key != "data" and value is not None}
     settings = train.Settings(**values)
     if settings.objective == "sft":

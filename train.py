@@ -4,6 +4,7 @@
     torchrun train.py --objective dpo                                    the same with DPO
     torchrun --nproc-per-node 8 train.py --model DIR --data FILE         a real checkpoint on a node
     python train.py --config recipe.toml --lr 2e-6                       settings from a file; flags win over it
+    python train.py --config recipe.toml --dry-run                       what that would train, on what
 
 A *step* takes `--batch-size` pairs, whatever the hardware. They are spread over processes and micro-batches by their
 number of tokens, and the step's loss is the sum over its pairs divided by their number, so that one process and eight,
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -59,7 +61,7 @@ HERE = Path(__file__).resolve().parent
 
 # objective: the hyperparameters that are its own, with the value taken where none is given
 HYPERPARAMETERS = {
-    "simpo": {"beta": 2.0, "length_norm": True},
+    "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5, "length_norm": True},
     "dpo": {"beta": 0.01},
     "rrhf": {"lam": 1.0},
     "slic": {"lam": 1.0, "delta": 1.0},
@@ -108,13 +110,13 @@ class Settings:
         "β, the scale of the reward: 2.0 for simpo (the paper tunes 2.0–10), 0.01 for dpo, cpo, kto and rdpo "
         "(0.01, 0.05, 0.1); for ipo its τ, 0.1 (0.01, 0.1, 0.5, 1.0)",
     )
-    gamma_beta_ratio: float = option(
-        0.5, "simpo's margin γ as a multiple of β, γ = ratio · β; 0 is the paper's ablation (the paper tunes 0.1–0.8)"
+    gamma_beta_ratio: float | None = option(
+        None, "simpo's margin γ as a multiple of β, γ = ratio · β, 0.5 (the paper tunes 0.1–0.8); 0 is its ablation"
     )
     length_norm: bool | None = option(
         None,
-        "divide log-probabilities by response length: on for simpo, where --no-length-norm is the paper's ablation; off "
-        "for ipo, where --length-norm is TRL's form",
+        "divide log-probabilities by response length: on for simpo, where --no-length-norm is the paper's ablation; "
+        "off for ipo, where --length-norm is TRL's form",
     )
     lam: float | None = option(
         None,
@@ -168,6 +170,9 @@ class Settings:
     # output
     out: str | None = option(None, "folder of the run; runs/OBJECTIVE-N with the first free N if absent")
     overwrite: bool = option(False, "replace a finished run in --out")
+    dry_run: bool = option(
+        False, "resolve everything but the weights, print it and stop; nothing is fetched, computed or written"
+    )
     log_every: int = option(1, "write metrics of every so many steps")
     eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
 
@@ -180,7 +185,7 @@ class Settings:
 
     @property
     def gamma(self) -> float | None:
-        return self.gamma_beta_ratio * self.beta if self.objective == "simpo" else None
+        return None if self.gamma_beta_ratio is None else self.gamma_beta_ratio * self.beta
 
 
 SECTIONS = {
@@ -280,12 +285,12 @@ def settings_problem(s: Settings) -> str | None:
     if s.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch sees no CUDA device here"
     own = HYPERPARAMETERS[s.objective]
-    for name in ("beta", "length_norm", "lam", "delta", "alpha"):
+    for name in {name: None for names in HYPERPARAMETERS.values() for name in names}:
         if getattr(s, name) is not None and name not in own:
             users = [objective for objective, names in HYPERPARAMETERS.items() if name in names]
-            return f"{flag(name)}: nothing that {s.objective} has; it belongs to {', '.join(users)}"
+            return f"{flag(name)}: not a setting of {s.objective}, but of {', '.join(users)}"
     if s.label_smoothing and s.objective not in ("simpo", "dpo"):
-        return f"--label-smoothing: nothing that {s.objective} has; it belongs to simpo, dpo"
+        return f"--label-smoothing: not a setting of {s.objective}, but of simpo, dpo"
     positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length "
     positive += "replicate log_every"
     for name in positive.split():
@@ -667,7 +672,11 @@ def describe(metrics: dict[str, float]) -> str:
 def main() -> None:
     settings = read_settings()
     try:
-        train(settings, *start_processes(settings))
+        device, mesh = start_processes(settings)
+        if settings.dry_run:
+            dry_run(settings)
+        else:
+            train(settings, device, mesh)
     except (data.DataError, CheckpointError, OSError, FloatingPointError) as e:
         if dist.get_rank() == 0:
             print(f"train.py: error: {e}", file=sys.stderr)
@@ -686,6 +695,43 @@ def main() -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def at_hand(name: str) -> bool:
+    """Whether `name` is a path here; if not, it is for the hub to know. Raises DataError where it can be no hub id."""
+    if Path(name).expanduser().exists():
+        return True
+    if name.endswith(data.SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
+        raise data.DataError(f"{name}: no such file or folder")
+    return False
+
+
+def dry_run(settings: Settings) -> None:
+    """Say what would be trained, on what: every setting, and of model and data as much as is on this machine."""
+    notes = {name: "" for name in ("model", "data", "eval_data") if getattr(settings, name)}
+    missing = [name for name in notes if not at_hand(getattr(settings, name))]
+    notes |= dict.fromkeys(missing, "would be fetched from the hub")
+    template, tokenizer = data.read_template(settings.chat_template), None
+    if "model" not in missing:
+        source = Path(settings.model).expanduser()
+        config, tokenizer = Config.from_folder(source), Tokenizer(source, template)
+        tokenizer.check_fits(config.vocab_size)
+        with torch.device("meta"):
+            notes["model"] = f"{sum(p.numel() for p in Llama(config).parameters()):,} parameters"
+    for name in notes.keys() - {"model", *missing}:
+        where = getattr(settings, name)
+        n = len(load_trees(where, tokenizer, settings)[0]) if tokenizer else sum(1 for _ in data.read_records(where))
+        notes[name] = f"{n:,} {'used' if tokenizer else 'records'}"
+        if name == "data":
+            epochs = data.batches(n, settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
+            notes[name] += f", {sum(1 for _ in itertools.islice(epochs, settings.max_steps)):,} steps"
+    if settings.gamma is not None:
+        notes["gamma_beta_ratio"] = f"γ = {settings.gamma:g}"
+    for name, value in asdict(settings).items():
+        if name in SECTIONS:
+            say(f"\n{SECTIONS[name]}")
+        if value is not None:
+            say(f"  {name.replace('_', '-'):26}{value!s:58}{notes.get(name, '')}".rstrip())
 
 
 def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
@@ -757,13 +803,11 @@ def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
         say(f"held out, after {step} steps:  {describe(metrics)}")
         return metrics
 
-    details = {name: getattr(settings, name) for name in HYPERPARAMETERS[settings.objective]}
-    details |= {"gamma": settings.gamma} if settings.objective == "simpo" else {}
-    details |= {"reference": settings.reference} if settings.objective in NEEDS_REFERENCE else {}
+    own = [*HYPERPARAMETERS[settings.objective], *(["reference"] if settings.objective in NEEDS_REFERENCE else [])]
     say(
-        f"{', '.join([settings.objective, *(f'{name} {value}' for name, value in details.items())])}: "
-        f"{len(steps)} steps of {len(steps[0])} pairs, {parameters:,} parameters, "
-        f"{dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
+        ", ".join([settings.objective, *(f"{name} {getattr(settings, name)}" for name in own)])
+        + f": {len(steps)} steps of {len(steps[0])} pairs, {parameters:,} parameters, "
+        + f"{dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
     )
     before = evaluate(0)
     # The loop. Every process is in every line of it; metrics are sums over all of them.

@@ -273,10 +273,11 @@ def test_hyperparameters_belong_to_their_objective(capsys):
     """A flag that would do nothing is an error; what is left out takes the objective's own value."""
     common = ["--model", "m", "--data", "d", "--objective"]
     for flags, line in (
-        (["simpo", "--lam", "1"], "--lam: nothing that simpo has; it belongs to rrhf, slic, cpo, orpo"),
-        (["dpo", "--no-length-norm"], "--length-norm: nothing that dpo has; it belongs to simpo, ipo"),
-        (["orpo", "--beta", "1"], "--beta: nothing that orpo has; it belongs to simpo, dpo, ipo, cpo, kto, rdpo"),
-        (["kto", "--label-smoothing", "0.1"], "--label-smoothing: nothing that kto has"),
+        (["simpo", "--lam", "1"], "--lam: not a setting of simpo, but of rrhf, slic, cpo, orpo"),
+        (["dpo", "--no-length-norm"], "--length-norm: not a setting of dpo, but of simpo, ipo"),
+        (["orpo", "--beta", "1"], "--beta: not a setting of orpo, but of simpo, dpo, ipo, cpo, kto, rdpo"),
+        (["cpo", "--gamma-beta-ratio", "0"], "--gamma-beta-ratio: not a setting of cpo, but of simpo"),
+        (["kto", "--label-smoothing", "0.1"], "--label-smoothing: not a setting of kto, but of simpo, dpo"),
         (["slic", "--delta", "-1"], "--delta: expected 0 or a positive number"),
         (["rdpo", "--alpha", "inf"], "--alpha: not a finite number"),
     ):
