@@ -1,4 +1,4 @@
-"""Train a Llama or Mistral checkpoint on preference pairs, with SimPO or DPO.
+"""Train a Llama or Mistral checkpoint on preference pairs, with SimPO, DPO or what they are compared with.
 
     torchrun train.py                                                    the embedded toy, on a laptop, in a minute
     torchrun train.py --objective dpo                                    the same with DPO
@@ -58,11 +58,10 @@ HERE = Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: one table. A flag is `--batch-size`, a key of a TOML file `batch-size` or `batch_size`.
 
-
 # objective: the hyperparameters that are its own, with the value taken where none is given
 HYPERPARAMETERS = {
-    "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5, "length_norm": True},
-    "dpo": {"beta": 0.01},
+    "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5, "length_norm": True, "label_smoothing": 0.0},
+    "dpo": {"beta": 0.01, "label_smoothing": 0.0},
     "rrhf": {"lam": 1.0},
     "slic": {"lam": 1.0, "delta": 1.0},
     "ipo": {"beta": 0.1, "length_norm": False},
@@ -125,7 +124,9 @@ class Settings:
     )
     delta: float | None = option(None, "slic's margin δ in nats, 1.0 (the paper tunes 0.1, 0.5, 1.0, 2.0)")
     alpha: float | None = option(None, "rdpo's α per token of length, 0.05 (the paper tunes 0.05, 0.1, 0.5, 1.0)")
-    label_smoothing: float = option(0.0, "simpo, dpo: probability that a pair's label is wrong, below 0.5")
+    label_smoothing: float | None = option(
+        None, "simpo, dpo: probability that a pair's label is wrong (conservative DPO), below 0.5; 0 if absent"
+    )
     sft_weight: float = option(
         0.0, "add this times the mean negative log-likelihood of a chosen token, to any objective"
     )
@@ -289,8 +290,6 @@ def settings_problem(s: Settings) -> str | None:
         if getattr(s, name) is not None and name not in own:
             users = [objective for objective, names in HYPERPARAMETERS.items() if name in names]
             return f"{flag(name)}: not a setting of {s.objective}, but of {', '.join(users)}"
-    if s.label_smoothing and s.objective not in ("simpo", "dpo"):
-        return f"--label-smoothing: not a setting of {s.objective}, but of simpo, dpo"
     positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length "
     positive += "replicate log_every"
     for name in positive.split():
@@ -300,7 +299,7 @@ def settings_problem(s: Settings) -> str | None:
         if getattr(s, name) is not None and getattr(s, name) < 0:
             return f"{flag(name)}: expected 0 or a positive number"
     for name, top in (("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
-        if not 0 <= getattr(s, name) < top:
+        if getattr(s, name) is not None and not 0 <= getattr(s, name) < top:
             return f"{flag(name)}: expected a number from 0 to below {top}"
     if s.max_prompt_length >= s.max_length:
         return f"--max-prompt-length {s.max_prompt_length} leaves no room for a response in --max-length {s.max_length}"
@@ -698,8 +697,8 @@ def main() -> None:
 
 
 def at_hand(name: str) -> bool:
-    """Whether `name` is a path here; if not, it is for the hub to know. Raises DataError where it can be no hub id."""
-    if Path(name).expanduser().exists():
+    """Whether `name`, or what it names a split of, is here; if not, it may be on the hub. DataError if it cannot be."""
+    if Path(name).expanduser().exists() or Path(name.partition("@")[0].partition(":")[0]).exists():
         return True
     if name.endswith(data.SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
         raise data.DataError(f"{name}: no such file or folder")
@@ -718,7 +717,9 @@ def dry_run(settings: Settings) -> None:
         tokenizer.check_fits(config.vocab_size)
         with torch.device("meta"):
             notes["model"] = f"{sum(p.numel() for p in Llama(config).parameters()):,} parameters"
-    for name in notes.keys() - {"model", *missing}:
+    for name in notes:
+        if name == "model" or name in missing:
+            continue
         where = getattr(settings, name)
         n = len(load_trees(where, tokenizer, settings)[0]) if tokenizer else sum(1 for _ in data.read_records(where))
         notes[name] = f"{n:,} {'used' if tokenizer else 'records'}"

@@ -101,6 +101,7 @@ def test_dry_run_of_what_is_here(monkeypatch, capsys, tmp_path):
     here = dry_run(monkeypatch, capsys, "--model=toy/checkpoint", *flags)
     assert "104,768 parameters" in here and "15 used, 8 steps" in here
     assert "15 records, 3 steps" in dry_run(monkeypatch, capsys, "--model=owner/name@rev", "--max-steps=3", *flags)
+    assert "15 records, 1 steps" in dry_run(monkeypatch, capsys, "--model=owner/name", f"--data={tmp_path}:pairs")
     assert "beta                      0.01" in here and "alpha" not in here
     assert list(tmp_path.iterdir()) == [pairs]
 
