@@ -25,7 +25,7 @@ The forms are those of Table 3 of the SimPO paper (arXiv 2405.14734), with these
     CPO    the authors' own code and TRL average the SFT term over the tokens of a batch (here λ = 0 and
            `--sft-weight 1`); the table, and ours, sums it over a response.
     KTO    the table leaves out the constant λ_w + λ_l and prints the rejected term with a plus, which, minimised, would
-           raise the rejected response: the sign here is that of KTO's own Eq. 8.
+           raise the rejected response: the sign here is that of KTO's own paper.
     ORPO   TRL takes the first term over the tokens of all prompts and chosen responses of a batch; the table, and ours,
            over each response alone.
 """
