@@ -168,13 +168,17 @@ def open_policy(name: str, flags: argparse.Namespace) -> tuple[Path, train.Setti
     recorded = llama.read_json(record).get("settings", {}) if path.name == "model" and record.exists() else {}
     known = {f.name for f in fields(train.Settings)}
     values = {key: value for key, value in recorded.items() if key in known}
+    if flags.objective not in (None, recorded.get("objective")):  # hyperparameters of the run's own mean nothing to it
+        for name in {name for names in train.HYPERPARAMETERS.values() for name in names}:
+            values.pop(name, None)
     values |= {key: value for key, value in vars(flags).items() if key in known and key != "data" and value is not None}
-    values["beta"] = values.get("beta") or (0.01 if values.get("objective") == "dpo" else 2.0)
     settings = train.Settings(**values)
     if settings.objective == "sft":
-        raise DataError(f"{name}: was trained with --objective sft, which has no reward: pass --objective simpo or dpo")
-    if settings.objective == "dpo" and not settings.model:
-        raise DataError(f"{name}: DPO's reward needs --reference, the checkpoint that training started from")
+        raise DataError(f"{name}: was trained with --objective sft, which has no reward: pass another --objective")
+    if settings.objective in train.NEEDS_REFERENCE and not settings.model:
+        raise DataError(
+            f"{name}: {settings.objective}'s reward needs --reference, the checkpoint that training started from"
+        )
     return data.local_path(str(path), "model", llama.CHECKPOINT_FILES), settings
 
 
@@ -354,7 +358,7 @@ def rewards(flags: argparse.Namespace) -> None:
         source, settings = open_policy(policy, flags)
         logps, lengths = score_checkpoint(source, flags.data, settings)
         reference = None
-        if settings.objective == "dpo":
+        if settings.objective in train.NEEDS_REFERENCE:
             key = (settings.model, settings.chat_template, settings.max_length, settings.max_prompt_length)
             if key not in references:
                 references[key] = score_checkpoint(
@@ -471,12 +475,17 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     r.add_argument("--data", required=True, metavar="PAIRS", help="pairs, in any form that train.py takes")
     r.add_argument("--out", type=Path, required=True, metavar="DIR", help="where rewards.json and the figures go")
     r.add_argument(
-        "--reference", dest="model", metavar="DIR", help="DPO's reference (default: what the run started from)"
+        "--reference",
+        dest="model",
+        metavar="DIR",
+        help="reference of dpo, ipo, kto, rdpo (default: what the run started from)",
     )
     r.add_argument(
-        "--objective", choices=("simpo", "dpo"), help="whose reward to compute (default: the run's, or simpo)"
+        "--objective",
+        choices=[name for name in train.HYPERPARAMETERS if name != "sft"],
+        help="whose reward to compute (default: the run's, or simpo)",
     )
-    r.add_argument("--beta", type=float, metavar="B", help="β (default: the run's, or 2.0 for simpo and 0.01 for dpo)")
+    r.add_argument("--beta", type=float, metavar="B", help="β, or ipo's τ (default: the run's, or train.py's)")
     r.add_argument(
         "--gamma-beta-ratio",
         type=float,

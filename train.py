@@ -1,9 +1,10 @@
-"""Train a Llama or Mistral checkpoint on preference pairs, with SimPO or DPO.
+"""Train a Llama or Mistral checkpoint on preference pairs, with SimPO, DPO or what they are compared with.
 
     torchrun train.py                                                    the embedded toy, on a laptop, in a minute
     torchrun train.py --objective dpo                                    the same with DPO
     torchrun --nproc-per-node 8 train.py --model DIR --data FILE         a real checkpoint on a node
     python train.py --config recipe.toml --lr 2e-6                       settings from a file; flags win over it
+    python train.py --config recipe.toml --dry-run                       what that would train, on what
 
 A *step* takes `--batch-size` pairs, whatever the hardware. They are spread over processes and micro-batches by their
 number of tokens, and the step's loss is the sum over its pairs divided by their number, so that one process and eight,
@@ -15,9 +16,7 @@ and with `--save-every N` OUT/checkpoints/step-NNNNNN, from which the same comma
 does after SIGTERM and SIGUSR1 (Slurm's warnings), which save at the end of the step and exit with status 75.
 """
 
-import argparse
 import contextlib
-import difflib
 import fcntl
 import gc
 import hashlib
@@ -27,18 +26,17 @@ import logging
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
 import signal
 import sys
 import time
-import tomllib
-import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,232 +53,12 @@ from tqdm import tqdm
 
 import data
 import model as llama
+from baselines import cpo_loss, ipo_loss, kto_loss, orpo_loss, rdpo_loss, rrhf_loss, slic_loss
 from data import Tokenizer, Tree
 from model import CheckpointError, Config, Llama, Weights
 from sample import generate
+from settings import HYPERPARAMETERS, NEEDS_REFERENCE, SECTIONS, Settings, read_settings
 from simpo import dpo_loss, simpo_loss
-
-HERE = Path(__file__).resolve().parent
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: one table. A flag is `--batch-size`, a key of a TOML file `batch-size` or `batch_size`.
-
-
-def option(default, help: str, choices: tuple = ()):
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass
-class Settings:
-    # what to train, on what
-    objective: str = option(
-        "simpo", "what to optimise; sft trains on the chosen responses alone", ("simpo", "dpo", "sft")
-    )
-    model: str | None = option(
-        None, "checkpoint: a Hugging Face folder, or a hub id NAME[@REVISION]; the toy's if absent"
-    )
-    data: str | None = option(
-        None,
-        "training pairs: .jsonl, .json, .jsonl.gz or .parquet, a folder of them, or a hub id NAME[:SPLIT][@REVISION]",
-    )
-    eval_data: str | None = option(
-        None, "held-out pairs, read likewise; evaluated before the first step and after the last"
-    )
-    chat_template: str | None = option(
-        None, "file with a jinja2 chat template to use instead of the checkpoint's; 'none' for plain text"
-    )
-    max_length: int = option(2048, "tokens of a prompt and one response together; a longer response is cut at its end")
-    max_prompt_length: int | None = option(
-        None, "tokens of a prompt; a longer one is cut at its start; 1800 of 2048 if absent, the same share of less"
-    )
-    # the objective
-    beta: float | None = option(
-        None, "β, the scale of the reward: 2.0 for SimPO, 0.01 for DPO if absent (the paper tunes 2.0–10 and 0.01–0.1)"
-    )
-    gamma_beta_ratio: float = option(
-        0.5, "SimPO's margin γ as a multiple of β, γ = ratio · β; 0 is the paper's ablation (the paper tunes 0.1–0.8)"
-    )
-    length_norm: bool = option(
-        True, "SimPO: divide log-probabilities by response length; --no-length-norm is the paper's ablation"
-    )
-    label_smoothing: float = option(0.0, "probability that a pair's label is wrong (conservative DPO), below 0.5")
-    sft_weight: float = option(0.0, "add this times the mean negative log-likelihood of a chosen token")
-    reference: str = option(
-        "online",
-        "DPO's reference: online keeps a frozen copy in memory; cached scores all pairs once, then frees it",
-        ("online", "cached"),
-    )
-    # optimisation
-    batch_size: int = option(128, "pairs per optimizer step, over all processes and micro-batches")
-    epochs: int = option(1, "passes over the training pairs")
-    max_steps: int | None = option(None, "stop after this many steps")
-    lr: float = option(1e-6, "peak learning rate of AdamW")
-    lr_schedule: str = option(
-        "cosine",
-        "learning rate after warm-up: falls to 0 along a cosine or a line, or stays",
-        ("cosine", "linear", "constant"),
-    )
-    warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises to its peak")
-    adam_beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
-    adam_beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients")
-    adam_eps: float = option(1e-8, "AdamW: added to the denominator")
-    weight_decay: float = option(0.0, "AdamW: decay of the weights, times the learning rate")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    shuffle: bool = option(True, "take the pairs in a new order each epoch; --no-shuffle keeps that of the file")
-    seed: int = option(42, "decides the order of the pairs, together with the epoch and nothing else")
-    # hardware
-    device: str = option("auto", "cuda where there is one, else cpu", ("auto", "cpu", "cuda"))
-    dtype: str = option(
-        "auto",
-        "what is computed with: bf16 on cuda, fp32 on a cpu; master weights and the loss are float32 with both. fp64, "
-        "all of it in float64, is for telling a bug from rounding",
-        ("auto", "bf16", "fp32", "fp64"),
-    )
-    microbatch_tokens: int = option(8192, "tokens per forward pass and process: the memory knob; changes nothing else")
-    activation_checkpointing: bool = option(
-        True, "keep only each block's input for backward and compute the rest again: less memory, a third more work"
-    )
-    compile: bool = option(False, "torch.compile the norms and MLPs: a slow start, then fewer trips to memory")
-    replicate: int = option(
-        1, "HSDP: keep so many copies of the sharded model, usually one a node; gradients are averaged over them"
-    )
-    # output
-    out: str | None = option(None, "folder of the run; runs/OBJECTIVE-N with the first free N if absent")
-    overwrite: bool = option(False, "replace a finished run in --out")
-    save_every: int = option(
-        0, "also keep what it takes to go on, every so many steps: 12 bytes a parameter; 0: only when told to stop"
-    )
-    keep: int = option(2, "how many of these checkpoints stay; one more is there while it is being written")
-    resume: str = option(
-        "auto", "auto: go on from the newest whole checkpoint in --out; PATH: from that one; never: begin anew"
-    )
-    log_every: int = option(1, "write metrics of every so many steps")
-    eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
-
-    def __post_init__(self):
-        if self.beta is None:
-            self.beta = 0.01 if self.objective == "dpo" else 2.0
-        if self.max_prompt_length is None:
-            self.max_prompt_length = min(1800, self.max_length * 1800 // 2048)
-
-    @property
-    def gamma(self) -> float:
-        return self.gamma_beta_ratio * self.beta
-
-
-SECTIONS = {
-    "objective": "what to train, on what",
-    "beta": "the objective",
-    "batch_size": "optimisation",
-    "device": "hardware",
-    "out": "output",
-}
-
-
-def read_settings(argv: list[str] | None = None) -> Settings:
-    """Defaults, then the TOML file, then the flags. Exits with status 2 and one line on a usage error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        usage="train.py [--flag value ...]     (--help explains every flag)",
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML file with any of these settings, without the dashes before them"
-    )
-    group = parser
-    for f, kind in zip(fields(Settings), setting_types()):
-        group = parser.add_argument_group(SECTIONS[f.name]) if f.name in SECTIONS else group
-        flag = "--" + f.name.replace("_", "-")
-        text = (f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")).replace("%", "%%")
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            choices = f.metadata["choices"] or None
-            group.add_argument(
-                flag, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), help=text
-            )
-    flags = vars(parser.parse_args(argv))
-    config = flags.pop("config", None)
-    toy = not ({"model", "data"} & flags.keys() or config)
-    if toy:  # the embedded default: its settings stand beside it, one file per objective
-        config = HERE / "toy" / f"{flags.get('objective', 'simpo')}.toml"
-    try:
-        values = (read_toml(Path(config)) if config else {}) | flags
-    except ValueError as e:
-        parser.error(str(e))
-    if toy:
-        values |= {
-            key: str(HERE / values[key]) for key in ("model", "data", "eval_data") if key in values and key not in flags
-        }
-    settings = Settings(**values)
-    if problem := settings_problem(settings):
-        parser.error(problem)
-    return settings
-
-
-def setting_types() -> list[type]:
-    """int, float, str or bool for each setting; `X | None` is an X that may be left out."""
-    hints = typing.get_type_hints(Settings)
-    return [
-        next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not types.NoneType)
-        for f in fields(Settings)
-    ]
-
-
-def read_toml(path: Path) -> dict:
-    """A flat file of settings. Raises ValueError naming file and key."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: cannot be read: {e}") from None
-    kinds = dict(zip((f.name for f in fields(Settings)), setting_types()))
-    values = {}
-    for key, value in raw.items():
-        name = key.replace("-", "_")
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1)
-            raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if kinds[name] is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kinds[name]:
-            raise ValueError(f"{path}: {key} = {value!r}: expected {kinds[name].__name__}")
-        values[name] = value
-    return values
-
-
-def settings_problem(s: Settings) -> str | None:
-    """The first thing wrong with the settings, in words; None if nothing is."""
-    flag = lambda name: "--" + name.replace("_", "-")
-    for f in fields(Settings):
-        if f.metadata["choices"] and getattr(s, f.name) not in f.metadata["choices"]:
-            return f"{flag(f.name)}: {getattr(s, f.name)!r} is not one of {', '.join(f.metadata['choices'])}"
-        if isinstance(getattr(s, f.name), float) and not math.isfinite(getattr(s, f.name)):
-            return f"{flag(f.name)}: not a finite number"
-        if getattr(s, f.name) == "":
-            return f"{flag(f.name)}: is empty"
-    if s.model is None or s.data is None:
-        return "--model and --data go together; without both, the toy is trained"
-    if s.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: torch sees no CUDA device here"
-    positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length "
-    positive += "replicate log_every keep"
-    for name in positive.split():
-        if getattr(s, name) is not None and getattr(s, name) <= 0:
-            return f"{flag(name)}: expected a positive number"
-    for name in "gamma_beta_ratio sft_weight weight_decay eval_every save_every seed".split():
-        if getattr(s, name) < 0:
-            return f"{flag(name)}: expected 0 or a positive number"
-    for name, top in (("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
-        if not 0 <= getattr(s, name) < top:
-            return f"{flag(name)}: expected a number from 0 to below {top}"
-    if s.max_prompt_length >= s.max_length:
-        return f"--max-prompt-length {s.max_prompt_length} leaves no room for a response in --max-length {s.max_length}"
-    if s.eval_every and not s.eval_data:
-        return "--eval-every goes with --eval-data"
-    return None
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -456,30 +234,39 @@ def response_lengths(model: Llama, trees: list[Tree]) -> Tensor:
 
 
 def pair_losses(
-    settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None
+    settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None, z_ref: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of every pair and what to report of it, all [pairs]; the one place where the objective is chosen.
 
-    logps, ref_logps: summed, in nats, [pairs, (chosen, rejected)]; lengths: in tokens, likewise."""
+    logps, ref_logps: summed, in nats, [pairs, (chosen, rejected)]; lengths: in tokens, likewise; z_ref: KTO's."""
     names = ("chosen", "rejected")[: logps.shape[1]]
     report = {f"logps/{name}": column for name, column in zip(names, logps.detach().unbind(1))}
     report |= {f"avg_logps/{name}": column for name, column in zip(names, (logps.detach() / lengths).unbind(1))}
     report |= {f"lengths/{name}": column for name, column in zip(names, lengths.unbind(1))}
-    if settings.objective == "sft":
-        return torch.zeros_like(logps[:, 0]), report
-    if settings.objective == "simpo":
-        losses, chosen, rejected = simpo_loss(
-            *logps.unbind(1),
-            *lengths.unbind(1),
-            settings.beta,
-            settings.gamma,
-            settings.label_smoothing,
-            settings.length_norm,
-        )
-    else:
-        losses, chosen, rejected = dpo_loss(
-            *logps.unbind(1), *ref_logps.unbind(1), settings.beta, settings.label_smoothing
-        )
+    s, policy, tokens = settings, logps.unbind(1), lengths.unbind(1)
+    reference = ref_logps.unbind(1) if s.objective in NEEDS_REFERENCE else ()
+    match s.objective:
+        case "sft":
+            return torch.zeros_like(logps[:, 0]), report
+        case "simpo":
+            result = simpo_loss(*policy, *tokens, s.beta, s.gamma, s.label_smoothing, s.length_norm)
+        case "dpo":
+            result = dpo_loss(*policy, *reference, s.beta, s.label_smoothing)
+        case "rrhf":
+            result = rrhf_loss(*policy, *tokens, s.lam)
+        case "slic":
+            result = slic_loss(*policy, s.delta, s.lam)
+        case "ipo":
+            result = ipo_loss(*policy, *reference, *tokens, s.beta, s.length_norm)
+        case "cpo":
+            result = cpo_loss(*policy, s.beta, s.lam)
+        case "kto":
+            result = kto_loss(*policy, *reference, s.beta, z_ref)
+        case "orpo":
+            result = orpo_loss(*policy, *tokens, s.lam)
+        case "rdpo":
+            result = rdpo_loss(*policy, *reference, *tokens, s.beta, s.alpha)
+    losses, chosen, rejected = result
     report |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
     report["rewards/accuracies"] = (chosen > rejected).float() + (chosen == rejected).float() / 2  # a tie is half right
     return losses, report
@@ -495,11 +282,16 @@ def run_pairs(
     settings: Settings,
     reference: Reference | None,
     backward: bool,
+    z_ref: float | None = None,
 ) -> dict[str, float]:
     """Forward, and with `backward` also backward, over the pairs `numbers`; training and evaluation both.
 
     Spreads them over processes and micro-batches; gradients and the metrics returned are those of all pairs together.
-    A process whose share is empty computes one pair at weight 0, since FSDP needs everybody at every forward pass."""
+    A process whose share is empty computes one pair at weight 0, since FSDP needs everybody at every forward pass.
+    KTO compares with the mean reward of the whole step, `z_ref`: it is found by a pass without gradient."""
+    if settings.objective == "kto" and z_ref is None:
+        means = run_pairs(model, trees, numbers, settings, reference, backward=False, z_ref=0.0)
+        z_ref = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
     batch = [trees[n] for n in numbers]
     rank, world = dist.get_rank(), dist.get_world_size()
     sft_weight = settings.sft_weight + (settings.objective == "sft")
@@ -513,7 +305,7 @@ def run_pairs(
         with torch.set_grad_enabled(backward):
             ref_logps = reference(share, [numbers[i] for i in mine]) if reference else None
             logps, lengths = response_logps(model, share), response_lengths(model, share)
-            losses, report = pair_losses(settings, logps, lengths, ref_logps)
+            losses, report = pair_losses(settings, logps, lengths, ref_logps, z_ref)
             loss = weight * (losses.sum() / len(batch) - sft_weight * logps[:, 0].sum() / chosen_tokens)
         if backward:
             (loss * world).backward()  # FSDP averages over processes; ours is a sum
@@ -809,6 +601,45 @@ def one_line_errors(program: str, settings: Settings | None = None) -> Iterator[
             dist.destroy_process_group()
 
 
+def at_hand(name: str) -> bool:
+    """Whether `name`, or what it names a split of, is here; if not, it may be on the hub. DataError if it cannot be."""
+    if Path(name).expanduser().exists() or Path(name.partition("@")[0].partition(":")[0]).exists():
+        return True
+    if name.endswith(data.SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
+        raise data.DataError(f"{name}: no such file or folder")
+    return False
+
+
+def dry_run(settings: Settings) -> None:
+    """Say what would be trained, on what: every setting, and of model and data as much as is on this machine."""
+    notes = {name: "" for name in ("model", "data", "eval_data") if getattr(settings, name)}
+    missing = [name for name in notes if not at_hand(getattr(settings, name))]
+    notes |= dict.fromkeys(missing, "would be fetched from the hub")
+    template, tokenizer = data.read_template(settings.chat_template), None
+    if "model" not in missing:
+        source = Path(settings.model).expanduser()
+        config, tokenizer = Config.from_folder(source), Tokenizer(source, template)
+        tokenizer.check_fits(config.vocab_size)
+        with torch.device("meta"):
+            notes["model"] = f"{sum(p.numel() for p in Llama(config).parameters()):,} parameters"
+    for name in notes:
+        if name == "model" or name in missing:
+            continue
+        where = getattr(settings, name)
+        n = len(load_trees(where, tokenizer, settings)[0]) if tokenizer else sum(1 for _ in data.read_records(where))
+        notes[name] = f"{n:,} {'used' if tokenizer else 'records'}"
+        if name == "data":
+            epochs = data.batches(n, settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
+            notes[name] += f", {sum(1 for _ in itertools.islice(epochs, settings.max_steps)):,} steps"
+    if settings.gamma is not None:
+        notes["gamma_beta_ratio"] = f"γ = {settings.gamma:g}"
+    for name, value in asdict(settings).items():
+        if name in SECTIONS:
+            say(f"\n{SECTIONS[name]}")
+        if value is not None:
+            say(f"  {name.replace('_', '-'):26}{value!s:58}{notes.get(name, '')}".rstrip())
+
+
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or SIGUSR1 has come, or the torchrun that started this process has died and left it alone."""
@@ -822,9 +653,13 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def main() -> None:
-    settings = read_settings()
+    settings = read_settings(description=__doc__)
     with told_to_stop() as told, one_line_errors("train.py", settings):
-        train(settings, *start_processes(settings), told)
+        device, mesh = start_processes(settings)
+        if settings.dry_run:
+            dry_run(settings)
+        else:
+            train(settings, device, mesh, told)
 
 
 def train(settings: Settings, device: torch.device, mesh: DeviceMesh, told: Callable[[], bool] = lambda: False) -> None:
@@ -882,7 +717,7 @@ def run(
 
     reference = held_out_reference = None
     tables: dict[str, Tensor] = {}  # of a cached reference
-    if settings.objective == "dpo":
+    if settings.objective in NEEDS_REFERENCE:
         frozen = None
         if settings.reference == "online" or not resumed:
             frozen = build_model(weights, config, mesh, settings, trainable=False)
@@ -923,13 +758,11 @@ def run(
         say(f"held out, after {step} steps:  {describe(metrics)}")
         return metrics
 
-    details = {
-        "simpo": f" with β {settings.beta:g} and γ {settings.gamma:g}",
-        "dpo": f" with β {settings.beta:g}, reference {settings.reference}",
-    }
+    own = [*HYPERPARAMETERS[settings.objective], *(["reference"] if settings.objective in NEEDS_REFERENCE else [])]
     say(
-        f"{settings.objective}{details.get(settings.objective, '')}: {len(steps)} steps of {len(steps[0])} pairs, "
-        f"{parameters:,} parameters, {dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
+        ", ".join([settings.objective, *(f"{name} {getattr(settings, name)}" for name in own)])
+        + f": {len(steps)} steps of {len(steps[0])} pairs, {parameters:,} parameters, "
+        + f"{dist.get_world_size()} × {device.type} in {settings.dtype} → {out}"
     )
     before = state["before"] if resumed else evaluate(0)
     # The loop. Every process is in every line of it; metrics are sums over all of them.

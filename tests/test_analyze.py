@@ -97,6 +97,18 @@ def test_rewards_and_what_is_said_of_them():
     reference = torch.tensor([[-5.0, -2.0], [-6.0, -4.0]])
     dpo = reward(reference, objective="dpo", beta=0.5)
     assert dpo.tolist() == [[0.5, 0], [0, 1]]
+    for objective, wanted in {
+        "rrhf": [[-1, -2], [-2, -1]],
+        "slic": logps.tolist(),
+        "cpo": (0.5 * logps).tolist(),
+        "ipo": dpo.tolist(),
+        "kto": dpo.tolist(),
+        "rdpo": dpo.tolist(),
+    }.items():
+        beta = {"beta": 0.5} if "beta" in train.HYPERPARAMETERS[objective] else {}
+        assert reward(reference, objective=objective, **beta).tolist() == wanted
+    odds = reward(objective="orpo").exp().tolist()  # p / (1 − p) of e⁻¹ and e⁻²
+    assert odds == [pytest.approx([0.5819767, 0.1565176]), pytest.approx([0.1565176, 0.5819767])]
     result = analyze.analyse(reward(beta=2.0, length_norm=False).numpy(), logps.numpy(), lengths.numpy())
     assert result["reward_accuracy"] == 0 and result["likelihood_accuracy"] == 0.5 and result["mis_ranked"] == 0.5
     assert result["chosen_avg_logp"]["mean"] == -1.5 and result["reward_margin"]["mean"] == -6
@@ -149,6 +161,18 @@ def test_rewards_command(monkeypatch, capsys, tmp_path):
     assert results["simpo-1"]["spearman_likelihood_length"] == results["dpo-1"]["spearman_likelihood_length"]
     figures = sorted(path.name for path in out.glob("*.png"))
     assert figures == ["accuracy-length.png", "contingency.png", "distributions.png", "likelihood-length.png"]
+
+
+def test_another_objective_takes_its_own_hyperparameters(tmp_path):
+    """A run's β of 10 says nothing of DPO's."""
+    run = a_run(tmp_path / "simpo-1", objective="simpo", beta=10.0, gamma_beta_ratio=0.3, length_norm=False)
+    settings_of = lambda *flags: analyze.open_policy(
+        str(run), analyze.read_flags(["rewards", "--policy", "x", "--data", "x", "--out", "x", *flags])
+    )[1]
+    assert (settings_of().beta, settings_of().gamma_beta_ratio, settings_of().length_norm) == (10.0, 0.3, False)
+    ipo = settings_of("--objective", "ipo")
+    assert (ipo.beta, ipo.gamma_beta_ratio, ipo.length_norm, ipo.model) == (0.1, None, False, str(TOY / "checkpoint"))
+    assert settings_of("--objective", "kto", "--beta", "0.3").beta == 0.3
 
 
 def test_scores_do_not_depend_on_the_micro_batch(tmp_path):

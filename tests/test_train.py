@@ -72,7 +72,8 @@ def losses(rows: list[dict]) -> list[float]:
 # One loss, however it is spread
 
 
-SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "sft": {}}  # each on two processes, sharded
+SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "rrhf": {}, "slic": {}, "ipo": {}, "cpo": {"beta": 0.1}, "kto": {"beta": 0.5},
+          "orpo": {}, "rdpo": {"beta": 0.1}, "sft": {}}  # fmt: skip  # each on two processes, sharded
 COPIES = {"copies": {"objective": "simpo", "replicate": 2, "sft_weight": 0.1}}  # and one on two copies (HSDP)
 
 
@@ -125,15 +126,13 @@ def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tm
 
 
 def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
-    """Against the model called one response at a time, outside of any packing and planning: the mean over pairs, and for
-    SFT the mean over tokens."""
+    """Against the model called one response at a time, outside of any packing and planning: the mean over pairs with β = 2
+    and γ = 1, the defaults, and for SFT the mean over tokens."""
     few = few_pairs(tmp_path)["data"]
     flags = {
         "data": few,
         "batch_size": 15,
         "max_steps": 1,
-        "beta": 2.0,
-        "gamma_beta_ratio": 0.5,
         "microbatch_tokens": 200,
     }
     [simpo] = run(monkeypatch, tmp_path / "simpo", **flags)
@@ -161,7 +160,7 @@ def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
     assert simpo["logps/rejected"] == pytest.approx(sum(float(l.sum()) for l in rejected) / 15, rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["simpo", "dpo"])
+@pytest.mark.parametrize("objective", ["simpo", "dpo", "ipo", "cpo", "kto", "orpo"])
 def test_losses_are_trl_s(monkeypatch, tmp_path, objective):
     """TRL's losses on the same checkpoint, pairs, order and AdamW, recorded by `bench/parity.py --record`."""
     monkeypatch.syspath_prepend(ROOT / "bench")
@@ -169,10 +168,9 @@ def test_losses_are_trl_s(monkeypatch, tmp_path, objective):
 
     record = json.loads(parity.RECORD.read_text())["losses"][objective]
     parity.write_pairs(tmp_path / "pairs.jsonl")
-    rows = run(monkeypatch, tmp_path / "run", objective=objective, data=tmp_path / "pairs.jsonl", batch_size=parity.BATCH, max_steps=parity.STEPS,
-               lr=parity.LR, lr_schedule="constant", warmup_ratio=0.0, **parity.OBJECTIVES[objective])  # fmt: skip
+    rows = run(monkeypatch, tmp_path / "run", data=tmp_path / "pairs.jsonl", **parity.settings_of(objective))
     assert len(record) == 8
-    assert losses(rows) == pytest.approx(record, rel=1e-4)
+    assert parity.losses_of(objective, rows) == pytest.approx(record, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +364,7 @@ def test_usage_errors(monkeypatch, capsys, tmp_path, flags, line):
         ("gama-beta-ratio = 0.3", "unknown key 'gama-beta-ratio'; did you mean 'gamma_beta_ratio'?"),
         ("lr = '1e-6'", "lr = '1e-6': expected float"),
         ("batch_size = 1.5", "batch_size = 1.5: expected int"),
-        ("objective = 'ppo'", "--objective: 'ppo' is not one of simpo, dpo, sft"),
+        ("objective = 'ppo'", "--objective: 'ppo' is not one of simpo, dpo, rrhf"),
         ("lr = ", "cannot be read: "),
     ],
 )
