@@ -145,13 +145,13 @@ def read_pairs(name: str, tokenizer: Tokenizer, max_length: int, max_prompt_leng
 @torch.no_grad()
 def score_pairs(model: Llama, trees: list[Tree], microbatch_tokens: int = 8192) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities in nats and lengths in tokens of the pairs' responses, both [pairs, (chosen, rejected)]."""
-    logps = torch.empty(len(trees), 2)
+    logps, lengths = torch.empty(len(trees), 2), torch.empty(len(trees), 2, dtype=torch.int64)
     for start in tqdm(range(0, len(trees), 256), "scoring", unit_scale=256, disable=None, leave=False):
         group = range(start, min(start + 256, len(trees)))
         for [share] in data.plan([len(trees[n]) for n in group], 1, microbatch_tokens):
             numbers = [group[i] for i in share]
-            logps[numbers] = train.response_logps(model, [trees[n] for n in numbers]).cpu()
-    return logps, train.response_lengths(model, trees).cpu()
+            logps[numbers], lengths[numbers] = (x.cpu() for x in train.response_logps(model, [trees[n] for n in numbers]))
+    return logps, lengths
 
 
 def rewards_of(settings: train.Settings, logps: Tensor, lengths: Tensor, reference: Tensor | None = None) -> Tensor:

@@ -591,25 +591,27 @@ class Tokenizer:
 # Tokens → micro-batches
 
 
-def plan(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
+def plan(sizes: list[int], ranks: int, budget: int, costs: list[float] | None = None) -> list[list[list[int]]]:
     """Spread one step's trees over ranks and micro-batches: [micro-batch][rank] → indices into `sizes`.
 
     Every rank gets as many micro-batches as any other, the fewest with which none exceeds `budget` tokens (a tree larger
-    than that travels alone), filled longest first into the emptiest. A rank may be left with an empty one.
+    than that travels alone), filled dearest first into the one with the least work. A rank may be left with an empty one.
+    costs: the work of each tree, in any unit; its number of tokens if absent.
 
     >>> plan([5, 3, 4, 4], ranks=2, budget=8)
     [[[0, 1], [2, 3]]]
     """
-    longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    costs = costs or sizes
+    dearest_first = sorted(range(len(sizes)), key=lambda i: -costs[i])
     rounds = max(1, -(-sum(min(size, budget) for size in sizes) // (ranks * budget)))
     while True:
         bins: list[list[int]] = [[] for _ in range(rounds * ranks)]
-        loads = [0] * len(bins)
-        for i in longest_first:
-            emptiest = loads.index(min(loads))
-            bins[emptiest].append(i)
-            loads[emptiest] += sizes[i]
-        if all(load <= budget or len(trees) == 1 for load, trees in zip(loads, bins)):
+        work = [0.0] * len(bins)
+        for i in dearest_first:
+            idlest = work.index(min(work))
+            bins[idlest].append(i)
+            work[idlest] += costs[i]
+        if all(len(trees) <= 1 or sum(sizes[i] for i in trees) <= budget for trees in bins):
             return [[sorted(bins[r * ranks + rank]) for rank in range(ranks)] for r in range(rounds)]
         rounds += 1
 

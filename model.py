@@ -272,7 +272,9 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        """Where it computes; under FSDP its shards may lie on the host all the same."""
+        weight = self.head_weight
+        return torch.device(weight.device_mesh.device_type) if isinstance(weight, DTensor) else weight.device
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] in float32."""

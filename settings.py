@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import math
 import tomllib
 import types
@@ -120,6 +121,14 @@ class Settings:
     activation_checkpointing: bool = option(
         True, "keep only each block's input for backward and compute the rest again: less memory, a third more work"
     )
+    gather_once: bool = option(
+        False,
+        "gather weights and reduce gradients once a step, not once a micro-batch: for slow links between processes; costs "
+        "6 bytes a parameter on every process (10 in fp32)",
+    )
+    offload: bool = option(
+        False, "keep weights, gradients and AdamW's moments on the host, 16 bytes a parameter less per GPU, and step there"
+    )
     compile: bool = option(False, "torch.compile the norms and MLPs: a slow start, then fewer trips to memory")
     replicate: int = option(
         1, "HSDP: keep so many copies of the sharded model, usually one a node; gradients are averaged over them"
@@ -139,6 +148,8 @@ class Settings:
     )
     log_every: int = option(1, "write metrics of every so many steps")
     eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
+    tensorboard: bool = option(False, "write the metrics for TensorBoard too, into OUT/tensorboard (package: tensorboard)")
+    wandb: bool = option(False, "write the metrics to Weights & Biases too (package: wandb)")
 
     def __post_init__(self):
         for name, value in HYPERPARAMETERS.get(self.objective, {}).items():
@@ -266,6 +277,9 @@ def settings_problem(s: Settings) -> str | None:
             return f"{flag(name)}: expected a number from 0 to below {top}"
     if s.max_prompt_length >= s.max_length:
         return f"--max-prompt-length {s.max_prompt_length} leaves no room for a response in --max-length {s.max_length}"
+    for name in ("tensorboard", "wandb"):
+        if getattr(s, name) and not importlib.util.find_spec(name):
+            return f"{flag(name)}: the package {name} is not installed"
     if s.eval_every and not s.eval_data:
         return "--eval-every goes with --eval-data"
     return None

@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
@@ -73,7 +73,8 @@ def start_processes(settings: Settings) -> tuple[torch.device, DeviceMesh]:
     else:  # oneDNN keeps buffers for every shape it has seen, and no two of our streams have the same length
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
+    backends = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"  # offloaded gradients are normed on the host
+    dist.init_process_group(backends if kind == "cuda" else "gloo", **alone)
     return device, make_mesh(settings, kind)
 
 
@@ -201,16 +202,18 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
     weights.check(model)
     if not trainable:
         model.requires_grad_(False).to(compute)
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
+    place = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(compute, reduce_dtype=master, cast_forward_inputs=False)}
+    if settings.offload:
+        place["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for block in model.model.layers:
         block.recompute = settings.activation_checkpointing
         if settings.compile:
             for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
                 part.compile(dynamic=True)  # streams differ in length; one compilation serves them all
-        fully_shard(block, mesh=mesh, mp_policy=precision)
+        fully_shard(block, **place, reshard_after_forward=not (settings.gather_once and trainable))
     # embedding and head: the policy's stay whole from forward to backward, a reference has no backward to wait for
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
-    model.to_empty(device=mesh.device_type)
+    fully_shard(model, **place, reshard_after_forward=not trainable)
+    model.to_empty(device="cpu" if settings.offload else mesh.device_type)
     weights.copy_into(model)
     return model
 
@@ -219,18 +222,24 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
 # Objective
 
 
-def response_logps(model: Llama, trees: list[Tree]) -> Tensor:
-    """Summed log-probability of every response, [pairs, responses], in nats."""
+def response_logps(model: Llama, trees: list[Tree]) -> tuple[Tensor, Tensor]:
+    """Summed log-probability of every response, in nats, and its length, in tokens; both [pairs, responses].
+
+    Nothing here waits for a GPU, so that the next micro-batch is packed while this one is computed."""
+    device = model.device
+    there = lambda x: x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
     packed = data.pack(trees)
     for name in packed.keys() - {"cu_q", "cu_k"}:  # these two stay on the CPU, see model.PackedAttention
-        packed[name] = torch.from_numpy(packed[name]).to(model.device)
-    lengths = response_lengths(model, trees)
-    return torch.segment_reduce(model(**packed), "sum", lengths=lengths.flatten()).view_as(lengths)
+        packed[name] = there(torch.from_numpy(packed[name]))
+    lengths = there(torch.tensor([[len(r) for r in tree.responses] for tree in trees]))
+    logps = torch.segment_reduce(model(**packed), "sum", lengths=lengths.flatten(), unsafe=True)  # safe: would ask the GPU
+    return logps.view_as(lengths), lengths
 
 
-def response_lengths(model: Llama, trees: list[Tree]) -> Tensor:
-    """[pairs, responses], in tokens, where the model is."""
-    return torch.tensor([[len(r) for r in tree.responses] for tree in trees], device=model.device)
+def micro_batches(model: Llama, trees: list[Tree], settings: Settings) -> list[list[list[int]]]:
+    """Which process computes what and when (`data.plan`): bounded by tokens, even in work, attention's included."""
+    costs = [train_flops(model.config, [tree]) for tree in trees]
+    return data.plan([len(tree) for tree in trees], dist.get_world_size(), settings.microbatch_tokens, costs)
 
 
 def pair_losses(
@@ -297,14 +306,20 @@ def run_pairs(
     sft_weight = settings.sft_weight + (settings.objective == "sft")
     chosen_tokens = sum(len(tree.responses[0]) for tree in batch)
     sums: dict[str, Tensor] = {}
-    sizes = [len(tree) for tree in batch]
-    shortest = sizes.index(min(sizes))
-    for shares in data.plan(sizes, world, settings.microbatch_tokens):
+    shortest = min(range(len(batch)), key=lambda i: len(batch[i]))
+    rounds = micro_batches(model, batch, settings)
+    for number, shares in enumerate(rounds, 1):
+        last = number == len(rounds)
+        model.set_requires_all_reduce(last)  # HSDP's copies meet once a step
+        model.set_is_last_backward(last)
+        if settings.gather_once:
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last)
         mine, weight = shares[rank] or [shortest], 1.0 if shares[rank] else 0.0
         share = [batch[i] for i in mine]
         with torch.set_grad_enabled(backward):
             ref_logps = reference(share, [numbers[i] for i in mine]) if reference else None
-            logps, lengths = response_logps(model, share), response_lengths(model, share)
+            logps, lengths = response_logps(model, share)
             losses, report = pair_losses(settings, logps, lengths, ref_logps, z_ref)
             loss = weight * (losses.sum() / len(batch) - sft_weight * logps[:, 0].sum() / chosen_tokens)
         if backward:
@@ -312,8 +327,10 @@ def run_pairs(
         means = {name: weight * value.double().sum() / len(batch) for name, value in report.items()}
         for name, value in {"loss": loss.detach().double(), **means}.items():
             sums[name] = sums.get(name, 0) + value
-    if not backward:
-        model.reshard()  # after a forward pass the root would wait for its backward, in the precision of computing
+    if not backward:  # what waits for a backward pass would stay gathered, in the precision of computing
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     table = torch.stack(list(sums.values()))
     dist.all_reduce(table)
     return dict(zip(sums, table.tolist()))
@@ -324,7 +341,7 @@ def online_reference(model: Llama) -> Reference:
 
     @torch.no_grad()
     def score(trees: list[Tree], numbers: list[int]) -> Tensor:
-        return response_logps(model, trees)
+        return response_logps(model, trees)[0]
 
     return score
 
@@ -343,7 +360,7 @@ def reference_table(model: Llama, trees: list[Tree], steps: list[np.ndarray], se
     seen = torch.zeros(len(trees), device=model.device)
     online, rank = online_reference(model), dist.get_rank()
     for step in progress(steps, "reference"):
-        for shares in data.plan([len(trees[n]) for n in step], dist.get_world_size(), settings.microbatch_tokens):
+        for shares in micro_batches(model, [trees[n] for n in step], settings):
             numbers = [int(step[i]) for i in shares[rank] or [0]]
             logps = online([trees[n] for n in numbers], numbers)
             if shares[rank]:
@@ -370,8 +387,8 @@ def cached_reference(table: Tensor) -> Reference:
 RESUME_ME = 75  # exit status: stopped when told to, not done (EX_TEMPFAIL of sysexits.h)
 
 # what may change when a run goes on: results stay the same up to rounding; data is compared by its tokens
-FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing compile replicate
-                 out overwrite log_every eval_every save_every keep resume""".split())  # fmt: skip
+FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing compile replicate gather_once offload out
+                 overwrite log_every eval_every save_every keep resume dry_run tensorboard wandb""".split())  # fmt: skip
 
 
 def identity(settings: Settings, trees: list[Tree], held_out: list[Tree]) -> dict:
@@ -527,6 +544,23 @@ def prepare_out(settings: Settings, files: contextlib.ExitStack) -> typing.TextI
 def launcher() -> str:
     """Whoever started this process: the same for all that one torchrun starts, and starts again."""
     return f"{platform.node()}:{os.getppid()}"
+
+
+def open_writers(settings: Settings, out: Path, first: int, files: contextlib.ExitStack) -> list[Callable[[dict], None]]:
+    """What else takes every row of metrics. A run that goes on overwrites what was written after step `first`."""
+    writers = []
+    if settings.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = files.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=first + 1))
+        writers.append(lambda row: [board.add_scalar(name, value, row["step"]) for name, value in row.items()])
+    if settings.wandb:
+        import wandb
+
+        name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
+        online = files.enter_context(wandb.init(project="simpo", name=out.name, id=name, dir=out, config=asdict(settings), resume="allow"))
+        writers.append(lambda row: online.log(row, step=row["step"]))
+    return writers
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -743,10 +777,14 @@ def run(
         load_checkpoint(resumed, training_state(policy, optimizer, tables), optimizer, first)
         say(f"resumed from {resumed}")
 
+    writers = open_writers(settings, out, first, files) if metrics_file else []
+
     def log(row: dict) -> None:
         if metrics_file:
             metrics_file.write(json.dumps(row) + "\n")
             metrics_file.flush()
+        for write in writers:
+            write(row)
 
     def evaluate(step: int) -> dict[str, float]:
         if not held_out:

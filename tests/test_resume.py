@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 import model as llama
 import train
-from test_train import arguments, fails, few_pairs, losses, rows_of, run
+from test_train import arguments, fails, few_pairs, launch, losses, rows_of, run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -111,11 +110,7 @@ def test_another_number_of_processes_goes_on(monkeypatch, tmp_path):
     from_one = f"{tmp_path}/one/checkpoints/step-000002"
     one = run(monkeypatch, tmp_path / "one", **flags)
     runs = [arguments(tmp_path / "two", **flags), arguments(tmp_path / "one-two", **flags, resume=from_one)]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / "tests" / "several_runs.py", tmp_path / "runs.json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    launch(tmp_path, runs, ["--standalone", "--nproc-per-node=2"])
     two_one = run(monkeypatch, tmp_path / "two-one", **flags, resume=tmp_path / "two/checkpoints/step-000004")
     assert len(list((tmp_path / "two/checkpoints/step-000004").glob("shard-*"))) == 2
     for rows in (rows_of(tmp_path / "one-two"), two_one):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import weakref
@@ -74,29 +75,36 @@ def losses(rows: list[dict]) -> list[float]:
 
 SPREAD = {"simpo": {"sft_weight": 0.1}, "dpo": {"beta": 0.1}, "rrhf": {}, "slic": {}, "ipo": {}, "cpo": {"beta": 0.1}, "kto": {"beta": 0.5},
           "orpo": {}, "rdpo": {"beta": 0.1}, "sft": {}}  # fmt: skip  # each on two processes, sharded
-COPIES = {"copies": {"objective": "simpo", "replicate": 2, "sft_weight": 0.1}}  # and one on two copies (HSDP)
+WAYS = {  # and the first in every other way that two processes can share it
+    name: {"objective": "simpo", "sft_weight": 0.1} | flags
+    for name, flags in {"copies": {"replicate": 2}, "once": {"gather_once": True}, "offload": {"offload": True},
+                        "copies, once": {"replicate": 2, "gather_once": True}}.items()
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
     """The folder with a run of each of SPREAD on two processes with small micro-batches."""
     folder = tmp_path_factory.mktemp("two")
-    wanted = {objective: {"objective": objective} | flags for objective, flags in SPREAD.items()} | COPIES
+    wanted = {objective: {"objective": objective} | flags for objective, flags in SPREAD.items()} | WAYS
     pairs = few_pairs(folder)
     runs = [arguments(folder / name, microbatch_tokens=200, **pairs, **flags) for name, flags in wanted.items()]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        ROOT / "tests" / "several_runs.py",
-        folder / "runs.json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    launch(folder, runs, ["--standalone", "--nproc-per-node=2"])
     return folder
+
+
+def launch(folder: Path, runs: list[list[str]], *launchers: list[str]) -> None:
+    """The runs on the processes of one torchrun, or of several that know of each other."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    script = [ROOT / "tests" / "several_runs.py", folder / "runs.json"]
+    started = [
+        subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *flags, *script], stdout=subprocess.PIPE, text=True,
+                         stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for flags in launchers
+    ]  # fmt: skip
+    for launcher in started:
+        output, _ = launcher.communicate()
+        assert launcher.returncode == 0, output
 
 
 def few_pairs(folder: Path) -> dict:
@@ -105,7 +113,7 @@ def few_pairs(folder: Path) -> dict:
     return {"data": folder / "few.jsonl", "eval_data": folder / "few.jsonl", "max_steps": 3, "dtype": "fp64"}
 
 
-@pytest.mark.parametrize("name, objective", [(name, name) for name in SPREAD] + [("copies", "simpo")])
+@pytest.mark.parametrize("name, objective", [(name, name) for name in SPREAD] + [(name, "simpo") for name in WAYS])
 def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tmp_path, two_processes, name, objective):
     """A mean of means, or a gradient averaged once too often, differs by the second step. In float64, where rounding is
     a million times smaller than the tolerance of a float32 test."""
@@ -123,6 +131,17 @@ def test_same_losses_at_any_microbatch_size_and_on_two_processes(monkeypatch, tm
     weights = llama.load(tmp_path / "whole" / "model").state_dict()
     for tensor, weight in llama.load(two_processes / name / "model").state_dict().items():
         torch.testing.assert_close(weight, weights[tensor], rtol=1e-6, atol=1e-7)  # of float32, which they are saved in
+
+
+def test_two_launchers_with_a_copy_each_are_one_with_two(tmp_path, two_processes):
+    """As on two nodes: `--nnodes 2 --replicate 2`, here over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    run = arguments(tmp_path / "run", microbatch_tokens=200, **few_pairs(tmp_path), **WAYS["copies"])
+    launch(tmp_path, [run], *([*common, f"--node-rank={rank}"] for rank in range(2)))
+    assert losses(rows_of(tmp_path / "run")) == pytest.approx(losses(rows_of(two_processes / "copies")), rel=1e-9)
 
 
 def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
