@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -266,3 +267,24 @@ def test_a_checkpoint_holds_what_the_run_saves(unbroken):
     [shard] = last.glob("*.safetensors")
     saved = load_file(shard)
     assert {f"{kind}.{name}" for name in names for kind in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")} == saved.keys()
+
+
+def test_the_slurm_script_goes_on_until_it_is_done(tmp_path, unbroken):
+    """With a Slurm of two lines: `srun` runs its command here, `scontrol` names this host and notes what it is asked for."""
+    out, flags = copy_of(unbroken, tmp_path)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    fake = {"srun": 'exec "$@"', "scontrol": f'echo "$@" >> {tmp_path}/asked; echo localhost', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}  # fmt: skip
+    for name, line in fake.items():
+        (tools / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tools / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"}
+    env = os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    words = [word for word in arguments(out, **flags) if not word.startswith("--out")]
+    for broken in (True, False):
+        wrong = ["--beta=3"] if broken else []  # refused: not done, and there is something to go on from
+        subprocess.run([ROOT / "recipes/slurm.sh", out, *words, *wrong], env=env, cwd=ROOT, capture_output=True)
+        assert (out / "model").exists() == (not broken)
+        assert ("requeue 7" in (tmp_path / "asked").read_text()) == broken
+        (tmp_path / "asked").unlink()
+    assert_same(unbroken / "simpo", out)
