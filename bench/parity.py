@@ -45,9 +45,7 @@ def trl_losses(objective: str, folder: Path) -> list[float]:
     """Losses of TRL's trainer, fed the pairs in the order in which `train.py` takes them."""
     import datasets
     import transformers
-    import trl
-    from torch.utils.data import SequentialSampler
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from peer import trl_trainer
 
     sys.path.insert(0, str(ROOT))
     from data import batches
@@ -56,24 +54,13 @@ def trl_losses(objective: str, folder: Path) -> list[float]:
     [order] = [sum((step.tolist() for step in batches(len(pairs), BATCH, epochs=1, seed=42)), [])]
     dataset = datasets.Dataset.from_list([pairs[i] for i in order])
     checkpoint = ROOT / "toy" / "checkpoint"
-    common = {"output_dir": str(folder / "trl"), "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": LR,
-              "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
-              "max_length": 1024, "gradient_checkpointing": False, "weight_decay": 0.0, "max_grad_norm": 1.0}  # fmt: skip
+    settings = {"output_dir": str(folder / "trl"), "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": LR,
+                "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
+                "max_length": 1024, "gradient_checkpointing": False, "weight_decay": 0.0, "max_grad_norm": 1.0}  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = tokenizer.eos_token
-    beta = OBJECTIVES[objective]["beta"]
-    if objective == "simpo":
-        gamma = OBJECTIVES[objective]["gamma_beta_ratio"] * beta
-        settings, base = CPOConfig(**common, loss_type="simpo", cpo_alpha=0.0, beta=beta, simpo_gamma=gamma), CPOTrainer
-    else:
-        settings, base = trl.DPOConfig(**common, beta=beta), trl.DPOTrainer
-
-    class InOrder(base):
-        def _get_train_sampler(self, *_):
-            return SequentialSampler(self.train_dataset)
-
-    trainer = InOrder(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
+    trainer = trl_trainer(objective, model, tokenizer, dataset, settings, OBJECTIVES[objective])
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
