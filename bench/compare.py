@@ -44,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import data  # noqa: E402
 import workload  # noqa: E402
 from model import Config  # noqa: E402
+from switches import VARIANTS  # noqa: E402
 from tokenizing import cpu  # noqa: E402
 from train import train_flops  # noqa: E402
 
@@ -52,8 +53,8 @@ LR = 1e-6
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of the first step's loss and log-probabilities: DPO's loss is ln 2
 VERSIONS = ("torch", "transformers", "trl")
 
-# seconds of every step; loss and logps (of chosen and rejected, in the mean; per token for SimPO) of the first; peak_gib.
-# Or `unavailable`: why there is no run.
+# seconds of every step; loss and logps (of chosen and rejected, in the mean; per token for SimPO) of the first;
+# peak_gib. Or `unavailable`: why there is no run.
 Run = dict
 
 
@@ -87,14 +88,22 @@ def trl_run(flags: argparse.Namespace, trees: list[data.Tree], padding_free: boo
     """TRL's trainer on the same tokens, see peer.py."""
     if padding_free and flags.device == "cpu":
         return {"unavailable": "it needs FlashAttention, which needs a GPU"}
-    job = {name: getattr(flags, name) for name in ("objective", "reference", "dtype", "device", "batch_size", "microbatch",
-                                                   "max_length", "activation_checkpointing")}  # fmt: skip
-    job |= {"model": str(flags.model), "folder": str(folder), "lr": LR, "loss": LOSS[flags.objective]}
-    job |= {"weights": flags.trl_weights, "padding_free": padding_free}
-    job["pairs"] = [[t.prompt.tolist(), *(r.tolist() for r in t.responses)] for t in trees]
-    (folder / "job.json").write_text(json.dumps(job))
-    start(ROOT / "bench" / "peer.py", folder / "job.json", folder / "result.json")
+    more = {"lr": LR, "loss": LOSS[flags.objective], "weights": flags.trl_weights, "padding_free": padding_free}
+    start(ROOT / "bench" / "peer.py", write_job(flags, trees, folder, more), folder / "result.json")
     return json.loads((folder / "result.json").read_text())
+
+
+def switch_run(flags: argparse.Namespace, trees: list[data.Tree], variant: str, folder: Path) -> Run:
+    """Forward and backward in one of the layouts of switches.py."""
+    return json.loads(start(ROOT / "bench" / "switches.py", variant, write_job(flags, trees, folder)).splitlines()[-1])
+
+
+def write_job(flags: argparse.Namespace, trees: list[data.Tree], folder: Path, more: dict | None = None) -> Path:
+    """What a process of ours or a peer's is to do, on which token ids."""
+    job = vars(flags) | {"model": str(flags.model), "folder": str(folder), "out": None}
+    job["pairs"] = [[t.prompt.tolist(), *(r.tolist() for r in t.responses)] for t in trees]
+    (folder / "job.json").write_text(json.dumps(job | (more or {})))
+    return folder / "job.json"
 
 
 def start(script: Path, *arguments) -> str:
@@ -118,7 +127,7 @@ def gemm_flops(device: str, dtype: str) -> float:
 
 
 def microbatch_tokens(trees: list[data.Tree], batch_size: int, microbatch: int) -> int:
-    """The least budget with which no step takes more forward passes here than a peer that takes `microbatch` pairs each."""
+    """The least budget with which no step takes more forward passes than a peer's, of `microbatch` pairs each."""
     sizes = [len(tree) for tree in trees]
     steps = [sizes[i : i + batch_size] for i in range(0, len(sizes), batch_size)]
     budget = 64
@@ -134,7 +143,9 @@ def spread(values: list[float], digits: str) -> str:
     return f"{statistics.median(values):{digits}} ({min(values):{digits}}–{max(values):{digits}})"
 
 
-def compare(flags, contenders: list[Contender], trees: list[data.Tree], comparisons: list[tuple[int, int]]) -> str:
+def compare(
+    flags: argparse.Namespace, trees: list[data.Tree], contenders: list[Contender], comparisons: list[tuple[int, int]]
+) -> str:
     """Run all in turns; the table, and how the contenders of each of `comparisons` relate, as Markdown."""
     steady = trees[flags.batch_size :]
     flops = train_flops(Config.from_folder(flags.model), steady)
@@ -163,8 +174,9 @@ def compare(flags, contenders: list[Contender], trees: list[data.Tree], comparis
         share = statistics.median(rate) * flops / len(steady) / ceiling
         loss = mine[0]["loss"]
         peaks = spread([run["peak_gib"] for run in mine], ".2f")
-        lines.append(f"| {contender.name} | {spread(rate, '.4f')} | {tokens:.0f} | {peaks} | {share:.0%} | {loss:.6f} |")
-    lines += ["", f"Ceiling: {ceiling / 1e9:.0f} GFLOP/s in {flags.dtype}, median of {flags.rounds} rounds (least–most)."]
+        numbers = f"{spread(rate, '.4f')} | {tokens:.0f} | {peaks} | {share:.0%} | {loss:.6f}"
+        lines.append(f"| {contender.name} | {numbers} |")
+    lines += ["", f"Ceiling: {ceiling / 1e9:.0f} GFLOP/s in {flags.dtype}. {flags.rounds} rounds: median (least–most)."]
     for a, b in comparisons:
         if any("unavailable" in runs[i][-1] for i in (a, b)):
             continue
@@ -173,7 +185,7 @@ def compare(flags, contenders: list[Contender], trees: list[data.Tree], comparis
         clock = spread([y["pairs"] / x["pairs"] for x, y in both], ".2f")
         memory = spread([x["peak_gib"] / y["peak_gib"] for x, y in both], ".2f")
         text = f"- {contenders[a].name} : {contenders[b].name}: pairs/s × {speed}, time × {clock}, memory × {memory}"
-        if flags.peer == "trl":
+        if all("logps" in runs[i][0] for i in (a, b)) and flags.peer == "trl":
             x, y = (runs[i][0] for i in (a, b))
             loss, *logps = (abs(p / q - 1) for p, q in zip((x["loss"], *x["logps"]), (y["loss"], *y["logps"])))
             text += f"; at step 1 losses differ by {loss:.0e}, log-probabilities by {max(logps):.0e}"
@@ -189,14 +201,16 @@ def describe(flags: argparse.Namespace, trees: list[data.Tree]) -> str:
     prompt = statistics.median(len(t.prompt) for t in trees)
     chosen, rejected = (statistics.median(len(t.responses[i]) for t in trees) for i in (0, 1))
     passes = -(-flags.batch_size // flags.microbatch)
-    return "\n".join([
-        f"{date.today()}; {device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} before; "
-        f"Python {platform.python_version()}, {versions}.", "",
-        f"    python bench/compare.py {shlex.join(sys.argv[1:])}", "",
-        f"{flags.steps} steps of {len(trees) // flags.steps} pairs, the first not counted, {passes} forward passes each "
-        f"(here of {flags.microbatch_tokens} tokens at most); medians of {prompt:.0f} tokens a prompt, {chosen:.0f} chosen, "
-        f"{rejected:.0f} rejected, {sum(map(len, trees)) / len(trees):.0f} a pair in the mean.", "", "",
-    ])  # fmt: skip
+    return f"""{date.today()}; {device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} before; \
+Python {platform.python_version()}, {versions}.
+
+    python bench/compare.py {shlex.join(sys.argv[1:])}
+
+{flags.steps} steps of {flags.batch_size} pairs, the first not counted, {passes} forward passes each (here of \
+{flags.microbatch_tokens} tokens at most); medians of {prompt:.0f} tokens a prompt, {chosen:.0f} chosen, \
+{rejected:.0f} rejected, {sum(map(len, trees)) / len(trees):.0f} a pair in the mean.
+
+"""
 
 
 def installed(name: str) -> bool:
@@ -211,7 +225,7 @@ def read_flags() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="FILE", help="pairs, in any format that train.py reads; drawn in a seeded order")
+    source.add_argument("--data", metavar="FILE", help="pairs, in any format that train.py reads, in a seeded order")
     source.add_argument("--shape", choices=workload.SHAPES, help="made-up pairs with this set's lengths")
     add("--objective", choices=("simpo", "dpo"), default="simpo")
     add("--reference", choices=("online", "cached"), default="online", help="DPO's, on both sides (default: online)")
@@ -255,34 +269,35 @@ def main() -> None:
                 trees, flags.batch_size, flags.microbatch
             )
             head = describe(flags, trees)
-            if flags.switches:
-                import switches
-
-                table = switches.table(flags, trees)
-            else:
-                table = compare(flags, *field(flags, pairs, trees))
+            table = compare(flags, trees, *field(flags, pairs, trees))
     except data.DataError as e:
         sys.exit(f"compare.py: error: {e}")
     print(head + table)
     if flags.out:
-        what = "Switch by switch" if flags.switches else "SimPO and DPO" if flags.peer == "self" else f"{flags.objective} and TRL"
+        what = f"{flags.objective}, this project and TRL" if flags.peer == "trl" else "SimPO and DPO"
+        what = "Switch by switch" if flags.switches else what
         on = flags.shape or Path(flags.data).name
         title = f"## {what}, {flags.model.name}, {on}, {flags.dtype}\n\n"
         with open(flags.out, "a") as file:
             file.write(("\n" if file.tell() else "") + title + head + table + "\n")
 
 
-def field(flags, pairs: Path, trees: list[data.Tree]) -> tuple[list[Contender], list[data.Tree], list[tuple[int, int]]]:
-    """Who runs, on what, and who is compared with whom."""
+def field(
+    flags: argparse.Namespace, pairs: Path, trees: list[data.Tree]
+) -> tuple[list[Contender], list[tuple[int, int]]]:
+    """Who runs, and who is compared with whom."""
+    if flags.switches:
+        layout = lambda variant: lambda folder: switch_run(flags, trees, variant, folder)
+        return [Contender(name, layout(name)) for name in VARIANTS], [(i, 0) for i in range(1, len(VARIANTS))]
     ours = lambda objective, reference: lambda folder: our_run(flags, pairs, objective, reference, folder)
     if flags.peer == "self":
         kinds = {"SimPO": ("simpo", "online"), "DPO online": ("dpo", "online"), "DPO cached": ("dpo", "cached")}
-        return [Contender(name, ours(*kind)) for name, kind in kinds.items()], trees, [(0, 1), (2, 0)]
+        return [Contender(name, ours(*kind)) for name, kind in kinds.items()], [(0, 1), (2, 0)]
     theirs = lambda padding_free: lambda folder: trl_run(flags, trees, padding_free, folder)
     contenders = [Contender("this project", ours(flags.objective, flags.reference)), Contender("TRL", theirs(False))]
     if flags.objective == "dpo":
         contenders.append(Contender("TRL, padding_free", theirs(True)))
-    return contenders, trees, [(0, i) for i in range(1, len(contenders))]
+    return contenders, [(0, i) for i in range(1, len(contenders))]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The pairs that a comparison runs on: drawn from a file, or made up with the lengths of a known set.
 
-Both sides of a comparison get the very same tokens: this project reads a .jsonl of records, and its peers are handed the
-ids that `data.Tokenizer` makes of that file.
+Both sides of a comparison get the very same tokens: this project reads a .jsonl of records, and its peers are handed
+the ids that `data.Tokenizer` makes of that file.
 """
 
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from data import DataError, Dropped, Tokenizer, Tree, parse_record, read_records  # noqa: E402
 
 # Median tokens of a prompt and one response together, and prompt : response; README of frankxwang/dpo-prefix-sharing
-# (its "overall length" is read as one path: only so do UltraFeedback's responses get the some 290 tokens that they have)
+# (its "overall length" read as one path: only so do UltraFeedback's responses get the some 290 tokens that they have)
 SHAPES = {"ultrafeedback": (409, 0.42), "hh-rlhf": (186, 2.15), "capybara": (1160, 1.59)}
 SPREAD = 0.5  # lengths are lognormal around their medians: two thirds of them within a factor of e^0.5 = 1.65
 
@@ -57,7 +57,7 @@ def drawn_records(name: str, seed: int) -> list[dict]:
 def write_pairs(
     records: list[dict], count: int, tokenizer: Tokenizer, max_length: int, max_prompt_length: int, path: Path
 ) -> list[Tree]:
-    """Write the first `count` records that survive tokenizing to `path`; returns what they became, in the same order."""
+    """Write the first `count` records that survive tokenizing to `path`; returns what they became, in that order."""
     kept, trees = [], []
     for record in records:
         if len(trees) == count:
