@@ -1,4 +1,4 @@
-"""The benches compare like with like: the same tokens, the same log-probabilities, ratios that follow from the times."""
+"""The benches compare like with like: the same tokens and log-probabilities, and ratios that follow from the times."""
 
 import argparse
 import sys
@@ -45,7 +45,7 @@ def test_made_up_pairs_become_as_many_tokens_as_were_asked_for(tmp_path):
     bos = tokenizer.bos_id is not None
     assert [[len(t.prompt), *map(len, t.responses)] for t in trees] == [[p + bos, c, r] for p, c, r in lengths]
     again = [data.parse_record(record, where)[1] for where, record in data.read_records(str(tmp_path / "pairs.jsonl"))]
-    assert [e.prompt for e in again] == [r["prompt"] for r in records]  # what train.py reads is what the peer was handed
+    assert [e.prompt for e in again] == [r["prompt"] for r in records]  # what train.py reads
     with pytest.raises(data.DataError, match="only 2 usable pairs"):
         workload.write_pairs(records, 3, tokenizer, 100, 80, tmp_path / "pairs.jsonl")
 
@@ -75,8 +75,8 @@ def test_the_peer_is_told_to_predict_responses_alone():
 
 
 def flags_of(**changes) -> argparse.Namespace:
-    flags = {"batch_size": 1, "rounds": 2, "dtype": "fp32", "device": "cpu", "peer": "trl", "model": ROOT / "toy/checkpoint"}
-    return argparse.Namespace(**flags | changes)
+    flags = {"batch_size": 1, "rounds": 2, "dtype": "fp32", "device": "cpu", "peer": "trl"}
+    return argparse.Namespace(model=ROOT / "toy" / "checkpoint", **flags | changes)
 
 
 def test_the_table_follows_from_the_times(monkeypatch):
