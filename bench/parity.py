@@ -71,10 +71,7 @@ def trl_losses(objective: str, folder: Path) -> list[float]:
     """Losses of TRL's trainer, fed the pairs in the order in which `train.py` takes them."""
     import datasets
     import transformers
-    import trl
-    from torch.utils.data import SequentialSampler
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    from peer import trl_trainer
 
     sys.path.insert(0, str(ROOT))
     from data import batches
@@ -88,34 +85,13 @@ def trl_losses(objective: str, folder: Path) -> list[float]:
         batch = 2 * BATCH
     dataset = datasets.Dataset.from_list(pairs)
     checkpoint = ROOT / "toy" / "checkpoint"
-    common = {"output_dir": str(folder / "trl"), "per_device_train_batch_size": batch, "num_train_epochs": 1, "learning_rate": ours.get("lr", LR),
-              "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
-              "max_length": 1024, "gradient_checkpointing": False, "weight_decay": 0.0, "max_grad_norm": 1.0}  # fmt: skip
+    settings = {"output_dir": str(folder / "trl"), "per_device_train_batch_size": batch, "num_train_epochs": 1, "learning_rate": ours.get("lr", LR),
+                "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False,
+                "max_length": 1024, "gradient_checkpointing": False, "weight_decay": 0.0, "max_grad_norm": 1.0}  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = tokenizer.eos_token
-    match objective:
-        case "simpo":
-            gamma = ours["gamma_beta_ratio"] * ours["beta"]
-            simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": ours["beta"], "simpo_gamma": gamma}
-            settings, base = CPOConfig(**common, **simpo), CPOTrainer
-        case "dpo":
-            settings, base = trl.DPOConfig(**common, beta=ours["beta"]), trl.DPOTrainer
-        case "ipo":
-            settings, base = trl.DPOConfig(**common, loss_type="ipo", beta=ours["beta"]), trl.DPOTrainer
-        case "cpo":
-            settings, base = CPOConfig(**common, beta=ours["beta"], cpo_alpha=ours["sft_weight"]), CPOTrainer
-        case "kto":
-            weights = {"desirable_weight": 2.0, "undesirable_weight": 2.0}
-            settings, base = trl.KTOConfig(**common, **weights, beta=ours["beta"]), trl.KTOTrainer
-        case "orpo":
-            settings, base = ORPOConfig(**common, beta=ours["lam"]), ORPOTrainer
-
-    class InOrder(base):
-        def _get_train_sampler(self, *_):
-            return SequentialSampler(self.train_dataset)
-
-    trainer = InOrder(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
+    trainer = trl_trainer(objective, model, tokenizer, dataset, settings, ours)
     if objective == "kto":
         trainer.train_dataset = trainer.train_dataset.map(lambda row: {"KL_completion_ids": row["completion_ids"]})
     trainer.train()

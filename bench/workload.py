@@ -1,0 +1,72 @@
+"""The pairs that a comparison runs on: drawn from a file, or made up with the lengths of a known set.
+
+Both sides of a comparison get the very same tokens: this project reads a .jsonl of records, and its peers are handed
+the ids that `data.Tokenizer` makes of that file.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import DataError, Dropped, Tokenizer, Tree, parse_record, read_records  # noqa: E402
+
+# Median tokens of a prompt and one response together, and prompt : response; README of frankxwang/dpo-prefix-sharing
+# (its "overall length" read as one path: only so do UltraFeedback's responses get the some 290 tokens that they have)
+SHAPES = {"ultrafeedback": (409, 0.42), "hh-rlhf": (186, 2.15), "capybara": (1160, 1.59)}
+SPREAD = 0.5  # lengths are lognormal around their medians: two thirds of them within a factor of e^0.5 = 1.65
+
+
+def shape_lengths(shape: str, count: int, seed: int) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected of `count` made-up pairs, int [count, 3]."""
+    path, ratio = SHAPES[shape]
+    medians = np.array([path * ratio, path, path]) / (1 + ratio)
+    draws = np.random.default_rng(seed).lognormal(np.log(medians), SPREAD, (count, 3))
+    return np.maximum(2, draws.round().astype(int))
+
+
+def shaped_records(tokenizer: Tokenizer, lengths: np.ndarray, seed: int) -> list[dict]:
+    """Records of random words, each of which is one token behind a space; for `--chat-template none`."""
+    vocabulary = sorted(text for text in tokenizer.backend.get_vocab() if text[1:].isascii() and text[1:].isalpha())
+    spelled = [" " + text[1:] for text in vocabulary]
+    words = [word for word, ids in zip(spelled, tokenizer.encode_responses(spelled)) if len(ids) == 2]  # it, and EOS
+    if len(words) < 100:
+        raise DataError(f"{tokenizer.folder}: too few words of one token to make up pairs from")
+    rng = np.random.default_rng(seed)
+    text = lambda count: "".join(rng.choice(words, count))
+    return [{"prompt": text(p), "chosen": text(c - 1), "rejected": text(r - 1)} for p, c, r in lengths]
+
+
+def drawn_records(name: str, seed: int) -> list[dict]:
+    """All usable records of a file, in an order drawn from `seed`: files are often sorted, by prompt for instance."""
+    records = []
+    for where, record in read_records(name):
+        try:
+            parse_record(record, where)
+            records.append(record)
+        except Dropped:
+            pass
+    return [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
+
+
+def write_pairs(
+    records: list[dict], count: int, tokenizer: Tokenizer, max_length: int, max_prompt_length: int, path: Path
+) -> list[Tree]:
+    """Write the first `count` records that survive tokenizing to `path`; returns what they became, in that order."""
+    kept, trees = [], []
+    for record in records:
+        if len(trees) == count:
+            break
+        example = parse_record(record, str(path))[1]
+        tree = tokenizer.encode([example], max_length, max_prompt_length, Counter())
+        trees += tree
+        kept += [record] * len(tree)
+    if len(trees) < count:
+        raise DataError(f"only {len(trees)} usable pairs, but steps × batch size = {count} are wanted")
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return trees
