@@ -68,6 +68,12 @@ class KVCache:
     def step(self, positions: list[int]):
         """Attention of one new token in each of the first rows, at `positions` [rows], over all before it in its row."""
         device, longest = self.k.device, max(positions) + 1
+        # a few rows at a time, each time up to their longest; a GPU would rather have one launch
+        size = 8 if device.type == "cpu" else len(positions)
+        blocks = [
+            (slice(i, min(i + size, len(positions))), slice(max(positions[i : i + size]) + 1))
+            for i in range(0, len(positions), size)
+        ]
         rows, positions = torch.arange(len(positions), device=device), torch.tensor(positions, device=device)
         distance = positions[:, None] - torch.arange(longest, device=device)
         mask = ((distance >= 0) & (distance < (self.window or longest)))[:, None, None]  # [rows, heads, 1, keys]
@@ -75,9 +81,15 @@ class KVCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.k[layer, rows, :, positions] = k
             self.v[layer, rows, :, positions] = v
-            keys, values = (cache[layer, : len(rows), :, :longest] for cache in (self.k, self.v))
+            keys, values = self.k[layer], self.v[layer]  # [rows, heads, keys, features]
             q = q.unflatten(1, (keys.shape[1], -1))  # query heads that share a key head stand as its queries
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
+            out = [
+                F.scaled_dot_product_attention(
+                    q[some], keys[some, :, upto], values[some, :, upto], attn_mask=mask[some, :, :, upto]
+                )
+                for some, upto in blocks
+            ]
+            return torch.cat(out).flatten(1, 2)
 
         return attend
 
