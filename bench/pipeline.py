@@ -111,8 +111,9 @@ def run(flags: argparse.Namespace) -> None:
             record | {"scores": [total(record["prompt"], response) for response in record["responses"]]}
             for record in records(candidates)
         ]
-        write(held_out, rows[::5])
-        write(path, [row for i, row in enumerate(rows) if i % 5])
+        pairs = [row for row in rows if len(set(row["scores"])) > 1]
+        write(held_out, pairs[::5])
+        write(path, [row for row in rows if row not in pairs[::5]])
 
     pipeline.step("prompts", prompts, function=choose)
     sampling = f"--num-samples {SAMPLES} --temperature 0.8 --top-p 0.95 --max-new-tokens {CANDIDATE_TOKENS}".split()
