@@ -364,7 +364,7 @@ def test_candidates_become_pairs(command):
     sampling = "--num-samples 3 --temperature 1 --max-new-tokens 20 --limit 2".split()
     assert command("--prompts", "asked.jsonl", "--out", "candidates.jsonl", *sampling)[0] == 0
     records = read_jsonl("candidates.jsonl")
-    assert len(records) == 2
+    assert len(records) == 2 and not any({"chosen", "rejected", "scores"} & record.keys() for record in records)
     for record, scores in zip(records, ([0.1, 0.3, 0.2], [5, 0, 1])):
         best, worst = np.argmax(scores), np.argmin(scores)
         kind, example = data.parse_record(record | {"scores": scores}, "here")
