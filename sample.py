@@ -270,7 +270,9 @@ def respond(
         those = [i for i, q in enumerate(asked) if q.temperature == temperature and turn <= len(q.more)]
         if not those:
             continue
-        prompts = encode(tokenizer, model.config, [(asked[i].where, asked[i].conversation(samples[i])) for i in those])
+        place = f", turn {turn + 1}" if turn else ""
+        talks = [(asked[i].where + place, asked[i].conversation(samples[i])) for i in those]
+        prompts = encode(tokenizer, model.config, talks)
         streams = [(first + i // n) * 2**32 + turn * 2**24 + i % n for i in those]
         answers: list[list[int]] = [[] for _ in those]
         for number, token, finished in decode(
