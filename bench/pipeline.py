@@ -214,10 +214,12 @@ The first AlpacaEval question, "{records(out / f"alpaca_eval-{models[0]}.json")[
 
 ## How to read it
 
-The score is the one that chose the pairs, so a rise shows that the chain holds together from prompts to answers: what was
-preferred becomes more frequent. It does not show better answers; nobody judged them. Answers are cut at {ANSWER_TOKENS} tokens,
-which is why so few end, and there are {flags.alpaca_eval} of them: differences of a tenth are noise. The files
-`alpaca_eval-*.json` and `mt_bench-*.jsonl` are those that `alpaca_eval --model_outputs` and FastChat's `gen_judgment.py` take.
+The score is the one that chose the pairs, so a rise would only show that the chain holds together from prompts to answers:
+that what was preferred becomes more frequent. It would not show better answers; nobody judged them. With {len(answers)} answers,
+cut at {ANSWER_TOKENS} tokens, differences of a tenth are noise. Held out are few pairs, too: each is \
+{100 / len(records(out / "held-out.jsonl")):.0f} % of the accuracy, and where the training
+loss falls while they stay as they were, the pairs were learnt by heart. The files `alpaca_eval-*.json` and `mt_bench-*.jsonl`
+are those that `alpaca_eval --model_outputs` and FastChat's `gen_judgment.py` take.
 """
 
 
