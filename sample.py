@@ -3,21 +3,31 @@
     python sample.py                                                     the toy, before training
     python sample.py --model runs/simpo-1/model --prompt "describe the fox ."
     python sample.py --model DIR --prompts prompts.jsonl --num-samples 5 --temperature 0.8 --top-p 0.95 --out candidates.jsonl
+    python sample.py --model DIR --format alpaca_eval --prompts alpaca_eval.json --temperature 0.9 --out outputs.json
     python sample.py --model DIR --chat
 
 A string prompt becomes one user message where the checkpoint has a chat template, and is continued as it is where it has
-none. Decoding is greedy by default. Every sample draws its random numbers from its own stream, named by seed, prompt and
-sample, so that neither the batch size nor the other prompts change it (but for rounding: a tie within float error may
+none. Decoding is greedy by default. Every sample draws its random numbers from its own stream, named by seed, prompt, turn
+and sample, so that neither the batch size nor the other prompts change it (but for rounding: a tie within float error may
 fall either way when the shapes of the matrix products change).
+
+--out appears once it is whole. Until then the answers gather in OUT.incomplete, and the same command continues there.
+Candidates: every record of --prompts with its `responses` and the settings of their `generation`; add a list of `scores`
+from any scorer, and train.py takes the best against the worst. Answer files, with --format, in the form that the tools of
+AlpacaEval, Arena-Hard and MT-Bench read, from their own question files. The paper (arXiv 2405.14734) samples AlpacaEval at
+temperature 0.9 from its Llama 3 models, 0.7 from Mistral-Base and 0.5 from Mistral-Instruct, and decodes Arena-Hard greedily.
+MT-Bench has a temperature for each category, 0.7, 0.1 or 0, which --temperature overrides.
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +37,7 @@ from tqdm import tqdm
 
 import data
 import model as llama
+from answers import FORMATS
 from data import DataError, Tokenizer
 from model import CheckpointError, Config, Llama, PackedAttention
 
@@ -57,6 +68,12 @@ class KVCache:
     def step(self, positions: list[int]):
         """Attention of one new token in each of the first rows, at `positions` [rows], over all before it in its row."""
         device, longest = self.k.device, max(positions) + 1
+        # a few rows at a time, each time up to their longest; a GPU would rather have one launch
+        size = 8 if device.type == "cpu" else len(positions)
+        blocks = [
+            (slice(i, min(i + size, len(positions))), slice(max(positions[i : i + size]) + 1))
+            for i in range(0, len(positions), size)
+        ]
         rows, positions = torch.arange(len(positions), device=device), torch.tensor(positions, device=device)
         distance = positions[:, None] - torch.arange(longest, device=device)
         mask = ((distance >= 0) & (distance < (self.window or longest)))[:, None, None]  # [rows, heads, 1, keys]
@@ -64,9 +81,15 @@ class KVCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.k[layer, rows, :, positions] = k
             self.v[layer, rows, :, positions] = v
-            keys, values = (cache[layer, : len(rows), :, :longest] for cache in (self.k, self.v))
+            keys, values = self.k[layer], self.v[layer]  # [rows, heads, keys, features]
             q = q.unflatten(1, (keys.shape[1], -1))  # query heads that share a key head stand as its queries
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
+            out = [
+                F.scaled_dot_product_attention(
+                    q[some], keys[some, :, upto], values[some, :, upto], attn_mask=mask[some, :, :, upto]
+                )
+                for some, upto in blocks
+            ]
+            return torch.cat(out).flatten(1, 2)
 
         return attend
 
@@ -102,8 +125,9 @@ def decode(
     """Continue every prompt; yields (prompt number, token, whether it is the last) as tokens come.
 
     `batch_size` sequences are decoded at once; whichever ends, with a stop token, after `max_new_tokens` or with the
-    positions that the model knows, makes room for the next. Raises DataError for a prompt that fills those. temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off. `streams`: the name of each prompt's stream
-    of random numbers, its number by default."""
+    positions that the model knows, makes room for the next. Raises DataError for a prompt that fills those.
+    temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off. `streams`: the name of each prompt's stream of random
+    numbers, its number by default."""
     weight = model.head_weight
     context = model.config.max_position_embeddings
     longest = max(map(len, prompts))
@@ -180,7 +204,7 @@ def generate(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# Prompts → answers
 
 
 def read_prompts(path: Path) -> Iterator[tuple[str, dict]]:
@@ -195,12 +219,159 @@ def read_prompts(path: Path) -> Iterator[tuple[str, dict]]:
     yield from ((f"{path}:{n}", {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip())
 
 
+class Question(NamedTuple):
+    """What is asked, and how: the prompt, then what the user says after each answer."""
+
+    where: str
+    record: dict  # as it was read
+    prompt: str | data.Messages
+    more: list[str]
+    temperature: float
+
+    def conversation(self, answers: list[str]) -> str | data.Messages:
+        """What the next answer continues."""
+        if not answers:
+            return self.prompt
+        turns = zip(("assistant", "user") * len(answers), itertools.chain(*zip(answers, self.more)))
+        return [*self.prompt, *({"role": role, "content": content} for role, content in turns)]
+
+
+def read_questions(flags: argparse.Namespace) -> list[Question]:
+    """All that --prompt and --prompts ask. Raises DataError naming file, line and field."""
+    if flags.format:
+        read = FORMATS[flags.format].read
+    else:
+        read = lambda record, where: (prompt_of(record, where), [], 0.0)
+    records = [("--prompt", {"prompt": text}) for text in flags.prompt]
+    records += read_prompts(Path(flags.prompts)) if flags.prompts else []
+    questions = [Question(where, record, *read(record, where)) for where, record in records[: flags.limit]]
+    if flags.temperature is not None:
+        questions = [question._replace(temperature=flags.temperature) for question in questions]
+    return questions
+
+
 def prompt_of(record: dict, where: str) -> str | data.Messages:
     """The `prompt` (string or messages) or `messages` of a record."""
     field = "prompt" if record.get("prompt") is not None else "messages"
     if record.get(field) is None:
         raise DataError(f"{where}: no 'prompt' or 'messages' field")
     return data.check_prompt(record[field], where, field)
+
+
+def respond(
+    model: Llama, tokenizer: Tokenizer, questions: list[Question], first: int, n: int, bar: tqdm, **options
+) -> list[list[list[str]]]:
+    """`n` conversations about every question: [question][sample][turn] → the answer. `first` is the number of the first
+    question, which names its random numbers; options as for `decode`."""
+    samples: list[list[str]] = [[] for _ in range(len(questions) * n)]
+    asked = [question for question in questions for _ in range(n)]
+    temperatures = sorted({question.temperature for question in questions})
+    for turn, temperature in itertools.product(range(1 + max(len(q.more) for q in questions)), temperatures):
+        those = [i for i, q in enumerate(asked) if q.temperature == temperature and turn <= len(q.more)]
+        if not those:
+            continue
+        place = f", turn {turn + 1}" if turn else ""
+        talks = [(asked[i].where + place, asked[i].conversation(samples[i])) for i in those]
+        prompts = encode(tokenizer, model.config, talks)
+        streams = [(first + i // n) * 2**32 + turn * 2**24 + i % n for i in those]
+        answers: list[list[int]] = [[] for _ in those]
+        for number, token, finished in decode(
+            model, prompts, tokenizer.stop_ids, temperature=temperature, streams=streams, **options
+        ):
+            answers[number].append(token)
+            bar.update(finished)
+        for i, ids in zip(those, answers):
+            samples[i].append(tokenizer.decode(ids))
+    return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+
+def encode(tokenizer: Tokenizer, config: Config, asked: list[tuple[str, str | data.Messages]]) -> list[list[int]]:
+    """Token ids of prompts, each with its place. Raises DataError where one leaves no room for an answer."""
+    encoded = tokenizer.encode_prompts([tokenizer.prompt_text(prompt, where) for where, prompt in asked])
+    for (where, _), ids in zip(asked, encoded):
+        if not 0 < len(ids) < config.max_position_embeddings:
+            raise DataError(f"{where}: {len(ids)} tokens; the model takes 1 to {config.max_position_embeddings - 1}")
+    return encoded
+
+
+def record_of(question: Question, answers: list[list[str]], flags: argparse.Namespace) -> dict:
+    """A line of OUT.incomplete, and of a file of candidates: the record asked for, what was answered, and how."""
+    record = dict(question.record)
+    if not flags.format:
+        record["prompt"] = question.prompt  # also where it was read from `messages`: data.py asks for it
+        for stale in ("chosen", "rejected", "scores"):  # would be taken for a preference among the new responses
+            record.pop(stale, None)
+    settings = {name: getattr(flags, name) for name in SETTINGS} | {"temperature": question.temperature}
+    responses = answers if flags.format else [answer for (answer,) in answers]
+    return record | {"responses": responses, "generation": settings}
+
+
+SETTINGS = (  # all that shapes an answer; the batch size does not
+    "model", "chat_template", "dtype", "num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed",
+)  # fmt: skip
+
+
+def dump(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
+def continue_file(path: Path, questions: list[Question], flags: argparse.Namespace) -> list[dict]:
+    """The records of an interrupted run, one per question from the first on; cuts a half-written last line off.
+
+    Raises DataError naming the line that this command would not have written, and what differs."""
+
+    def difference(line: bytes, i: int) -> str | None:
+        if i >= len(questions):
+            return f"answers more prompts than the {len(questions)} asked"
+        try:
+            record = json.loads(line)
+            expected = json.loads(dump(record_of(questions[i], [], flags) | {"responses": record["responses"]}))
+            for name, value in expected["generation"].items():
+                if record["generation"].get(name) != value:
+                    return f"made with {name} = {json.dumps(record['generation'].get(name))}, not {json.dumps(value)}"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "not a line of an unfinished run"
+        records.append(record)
+        return None if record == expected else f"answers another prompt than {questions[i].where}"
+
+    records: list[dict] = []
+    raw = path.read_bytes() if path.exists() else b""
+    whole = raw[: raw.rfind(b"\n") + 1]
+    for i, line in enumerate(whole.splitlines()):
+        if problem := difference(line, i):
+            raise DataError(f"{path}:{i + 1}: {problem}; move it away, or start anew with --overwrite")
+    if len(whole) < len(raw):
+        os.truncate(path, len(whole))
+    return records
+
+
+def model_name(flags: argparse.Namespace) -> str:
+    """--generator, else a hub id, else the folder's name, which for a model that train.py wrote is its run's."""
+    path = Path(flags.model).expanduser()
+    if flags.generator or not path.exists():
+        return flags.generator or flags.model
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def finish(work: Path, records: list[dict], tokenizer: Tokenizer, flags: argparse.Namespace) -> None:
+    """Make --out of what was gathered, at one stroke."""
+    out = Path(flags.out)
+    if flags.format:
+        form = FORMATS[flags.format]
+        count_tokens = lambda text: len(tokenizer.backend.encode(text, add_special_tokens=False).ids)
+        answers = [form.write(record, model_name(flags), count_tokens) for record in records]
+        whole = out.with_name(out.name + ".whole")
+        text = "".join(map(dump, answers)) if form.jsonl else json.dumps(answers, ensure_ascii=False, indent=2) + "\n"
+        whole.write_text(text, encoding="utf-8")
+        os.replace(whole, out)
+        work.unlink()
+    else:
+        os.replace(work, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 
 def chat(model: Llama, tokenizer: Tokenizer, options: dict) -> None:
@@ -253,16 +424,26 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--chat", action="store_true", help="converse in the terminal")
     parser.add_argument(
-        "--out", metavar="FILE.jsonl", help="write one object a prompt: its record and `responses`; else print"
+        "--out", metavar="FILE", help="write one object a prompt (.jsonl): its record and `responses`; else print"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace --out, and an unfinished one that other settings made"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="answer the first N prompts only")
+    parser.add_argument(
+        "--format", choices=tuple(FORMATS), help="read this benchmark's question file and write its answer file"
+    )
+    parser.add_argument(
+        "--generator",
+        metavar="NAME",
+        help="the model's name in an answer file (default: that of its hub id, folder or run)",
+    )
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="responses per prompt (default: 1)")
     parser.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
         metavar="T",
-        help="0 is greedy, 1 the model's own distribution (default: 0)",
+        help="0 is greedy, 1 the model's own distribution (default: 0; by category for mt_bench)",
     )
     parser.add_argument(
         "--top-p",
@@ -296,17 +477,22 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
         help="jinja2 chat template to use instead of the checkpoint's; 'none' for plain text",
     )
     flags = parser.parse_args(argv)
-    for name in ("num_samples", "max_new_tokens", "batch_size"):
-        if getattr(flags, name) < 1:
+    for name in ("num_samples", "max_new_tokens", "batch_size", "limit"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1")
     if not (
-        0 <= flags.temperature < float("inf") and 0 < flags.top_p <= 1 and flags.top_k >= 0 and 0 <= flags.seed < 2**64
+        0 <= (flags.temperature or 0) < float("inf")
+        and 0 < flags.top_p <= 1
+        and flags.top_k >= 0
+        and 0 <= flags.seed < 2**64
     ):
         parser.error("expected a finite --temperature ≥ 0, 0 < --top-p ≤ 1, --top-k ≥ 0 and 0 ≤ --seed < 2⁶⁴")
-    if flags.num_samples > 1 and flags.temperature == 0:
+    if flags.num_samples > 1 and not flags.temperature:
         parser.error("--num-samples goes with --temperature: greedy samples are all the same")
     if flags.chat and (flags.prompt or flags.prompts or flags.out):
         parser.error("--chat goes without --prompt, --prompts and --out")
+    if flags.format and (not flags.prompts or not flags.out or flags.prompt or flags.num_samples > 1):
+        parser.error("--format goes with --prompts and --out, without --prompt and --num-samples")
     if flags.out and Path(flags.out).exists() and not flags.overwrite:
         parser.error(f"{flags.out} exists: pass --overwrite to replace it")
     return flags
@@ -321,60 +507,70 @@ def main() -> None:
     except torch.OutOfMemoryError as e:
         sys.exit(f"sample.py: error: {e}\nlower --batch-size ({flags.batch_size}) or --max-new-tokens")
     except KeyboardInterrupt:
-        sys.exit("\nsample.py: interrupted" + (f"; the answers so far are in {flags.out}" if flags.out else ""))
+        sys.exit("\nsample.py: interrupted")
 
 
 def sample(flags: argparse.Namespace) -> None:
     device = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: torch sees no CUDA device here")
-    dtype = torch.bfloat16 if (flags.dtype == "auto" and device == "cuda") or flags.dtype == "bf16" else torch.float32
+    if flags.dtype == "auto":
+        flags.dtype = "bf16" if device == "cuda" else "fp32"
     source = data.local_path(flags.model, "model", llama.CHECKPOINT_FILES)
     tokenizer = Tokenizer(source, data.read_template(flags.chat_template))
-    records = [("--prompt", {"prompt": text}) for text in flags.prompt]
-    records += read_prompts(Path(flags.prompts)) if flags.prompts else []
-    if not records and not flags.chat:
-        if flags.prompts:
-            raise DataError(f"{flags.prompts}: no prompt in it")
-        if source != HERE / "toy" / "checkpoint":
-            raise DataError("nothing to answer: pass --prompt, --prompts or --chat")
-        records = [("", {"prompt": "describe the fox and the moon ."})]
-    asked = [prompt_of(record, where) for where, record in records]
-    prompts = tokenizer.encode_prompts(
-        [tokenizer.prompt_text(prompt, where) for prompt, (where, _) in zip(asked, records)]
-    )
     config = Config.from_folder(source)
     tokenizer.check_fits(config.vocab_size)
-    for (where, _), ids in zip(records, prompts):
-        if not 0 < len(ids) < config.max_position_embeddings:
-            raise DataError(f"{where}: {len(ids)} tokens; the model takes 1 to {config.max_position_embeddings - 1}")
-    model = llama.load(source, device, dtype)
-    options = {
-        name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "batch_size")
-    }
+    load = lambda: llama.load(source, device, torch.bfloat16 if flags.dtype == "bf16" else torch.float32)
+    options = {name: getattr(flags, name) for name in ("max_new_tokens", "top_p", "top_k", "seed", "batch_size")}
     if flags.chat:
-        return chat(model, tokenizer, options)
+        return chat(load(), tokenizer, options | {"temperature": flags.temperature or 0.0})
 
-    out = open(flags.out, "w", encoding="utf-8") if flags.out else None
-    n = flags.num_samples
+    if not flags.prompt and not flags.prompts:
+        if source != HERE / "toy" / "checkpoint":
+            raise DataError("nothing to answer: pass --prompt, --prompts or --chat")
+        flags.prompt = ["describe the fox and the moon ."]
+    questions = read_questions(flags)
+    if not questions:
+        raise DataError(f"{flags.prompts}: no prompt in it")
+    encode(tokenizer, config, [(question.where, question.prompt) for question in questions])
+    work = Path(flags.out + ".incomplete") if flags.out else None
+    try:
+        records = continue_file(work, questions, flags) if work else []
+    except DataError:
+        if not flags.overwrite:
+            raise
+        work.unlink()
+        records = []
+    model = load()
+    file = open(work, "a", encoding="utf-8") if work else None
+    n, kept = flags.num_samples, len(records)
     group = max(1, 8 * flags.batch_size // n)  # prompts decoded together; after each group its answers are written
-    bar = tqdm(total=len(prompts) * n, desc="sampling", unit="response", disable=None if flags.out else True)
-    for start in range(0, len(prompts), group):
-        chunk = [ids for ids in prompts[start : start + group] for _ in range(n)]
-        streams = [(start + i // n) * 2**32 + i % n for i in range(len(chunk))]  # prompt and sample
-        answers: list[list[int]] = [[] for _ in chunk]
-        for number, token, finished in decode(model, chunk, tokenizer.stop_ids, **options, streams=streams):
-            answers[number].append(token)
-            bar.update(finished)
-        responses = [tokenizer.decode(ids) for ids in answers]
-        for i, ((_, record), prompt) in enumerate(zip(records[start : start + group], asked[start:])):
-            mine = responses[i * n : (i + 1) * n]
-            if out:
-                out.write(json.dumps(record | {"responses": mine}, ensure_ascii=False, default=str) + "\n")
-                out.flush()
-            else:
-                for response in mine:
+    bar = tqdm(
+        total=len(questions) * n, initial=kept * n, desc="sampling", unit="response", disable=None if file else True
+    )
+    try:
+        # an unfinished group is decoded again as a whole, so that what is new comes out as it would have
+        first = kept - kept % group if kept < len(questions) else kept
+        for start in range(first, len(questions), group):
+            chunk = questions[start : start + group]
+            answers = respond(model, tokenizer, chunk, start, n, bar, **options)
+            for question, mine in list(zip(chunk, answers))[max(0, kept - start) :]:
+                if file:
+                    records.append(record_of(question, mine, flags))
+                    file.write(dump(records[-1]))
+                    file.flush()
+                    continue
+                prompt = question.prompt
+                for (response,) in mine:
                     print(f"{prompt if isinstance(prompt, str) else prompt[-1]['content']}\n  {response}\n")
+    except KeyboardInterrupt:
+        done = f"{len(records)} of {len(questions)} prompts are answered in {work}; the same command goes on from there"
+        sys.exit("\nsample.py: interrupted" + (f"; {done}" if file else ""))
+    finally:
+        if file:
+            file.close()
+    if file:
+        finish(work, records, tokenizer, flags)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal as signals
 import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
+import data
 import model as llama
 import sample
 import tiny
@@ -221,7 +224,8 @@ def test_prompts_from_records(command):
     assert command("--prompts", "asked.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "40")[0] == 0
     answers = read_jsonl("answers.jsonl")
     responses = [answer.pop("responses") for answer in answers]
-    assert answers == ASKED
+    assert all(answer.pop("generation")["max_new_tokens"] == 40 for answer in answers)
+    assert answers == [record | {"prompt": record.get("prompt", record.get("messages"))} for record in ASKED]
     assert all(len(mine) == 1 and re.fullmatch(WORDS, mine[0]) for mine in responses) and responses[0] == responses[2]
 
 
@@ -240,7 +244,7 @@ def test_prompts_from_text(command):
     assert status == 0
     assert [answer.split("\n  ")[0] for answer in out.split("\n\n")] == ["", FOX, f"{OWL}\x0c\u2028again", ""]
     command("--prompts", "asked.txt", "--out", "answers.jsonl", "--max-new-tokens", "40")
-    assert [list(answer) for answer in read_jsonl("answers.jsonl")] == [["prompt", "responses"]] * 2
+    assert [list(answer) for answer in read_jsonl("answers.jsonl")] == [["prompt", "responses", "generation"]] * 2
 
 
 def test_several_samples(command):
@@ -265,10 +269,115 @@ def test_overwriting_must_be_asked_for(command):
     assert len(read_jsonl("answers.jsonl")) == 1
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted, and continued
+
+SAMPLING = (
+    "--prompts asked.jsonl --num-samples 2 --temperature 1 --max-new-tokens 12 --batch-size 1 --out answers.jsonl".split()
+)  # groups of 4 prompts
+PART = Path("answers.jsonl.incomplete")
+
+
+@pytest.fixture
+def unbroken(command) -> bytes:
+    """The answers of a run that nothing interrupted, put aside."""
+    write_jsonl("asked.jsonl", [ASKED[i % 3] | {"id": f"é{i}"} for i in range(10)])
+    assert command(*SAMPLING)[0] == 0 and not PART.exists()
+    Path("answers.jsonl").rename("unbroken.jsonl")
+    return Path("unbroken.jsonl").read_bytes()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(command, unbroken, monkeypatch):
+    """Cut anywhere, in a line, within a group or between two; whole groups that are there are not decoded again."""
+    starts, respond = [], sample.respond
+    monkeypatch.setattr(
+        sample, "respond", lambda *args, **options: starts.append(args[3]) or respond(*args, **options)
+    )
+    ends = [i + 1 for i, byte in enumerate(unbroken) if byte == ord("\n")]
+    for cut, expected in (
+        (0, [0, 4, 8]), (1, [0, 4, 8]), (ends[0], [0, 4, 8]), (ends[3] - 1, [0, 4, 8]), (ends[3], [4, 8]),
+        (ends[5] + 40, [4, 8]), (ends[8] + 1, [8]), (len(unbroken), []),
+    ):  # fmt: skip
+        PART.write_bytes(unbroken[:cut])
+        starts.clear()
+        assert command(*SAMPLING)[0] == 0
+        assert Path("answers.jsonl").read_bytes() == unbroken and starts == expected and not PART.exists()
+        Path("answers.jsonl").unlink()
+
+
+def test_ctrl_c_says_what_is_kept(command, unbroken, monkeypatch):
+    respond = sample.respond
+
+    def interrupted(*args, **options):
+        if args[3] == 8:
+            raise KeyboardInterrupt
+        return respond(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "respond", interrupted)
+        status, _, error = command(*SAMPLING)
+    assert status == 1 and "interrupted; 8 of 10 prompts are answered in answers.jsonl.incomplete" in error
+    assert not Path("answers.jsonl").exists() and unbroken.startswith(PART.read_bytes())
+    assert command(*SAMPLING)[0] == 0 and Path("answers.jsonl").read_bytes() == unbroken
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
+def test_a_killed_process_goes_on(signal, command, unbroken):
+    """The real command, killed as soon as it has written something, then started again as it was."""
+    line = [sys.executable, ROOT / "sample.py", *SAMPLING]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (PART.exists() and PART.stat().st_size):
+        time.sleep(0.002)
+    process.send_signal(getattr(signals, signal))
+    _, error = process.communicate()
+    if process.returncode:  # it may have been faster
+        assert "Traceback" not in error and not Path("answers.jsonl").exists()
+        assert subprocess.run(line, capture_output=True, check=False).returncode == 0
+    assert Path("answers.jsonl").read_bytes() == unbroken
+
+
+OTHERS = [  # a line of the file → another, or other flags; what the message names
+    (lambda r: r, "--temperature 0.5", "answers.jsonl.incomplete:1: made with temperature = 1.0, not 0.5"),
+    (lambda r: r, "--seed 1", "seed"),
+    (lambda r: r, "--limit 1", "answers.jsonl.incomplete:2: answers more prompts than the 1 asked"),
+    (lambda r: r | {"prompt": "another"}, "", "answers.jsonl.incomplete:1: answers another prompt than asked.jsonl:1"),
+    (lambda r: {"responses": []}, "", "answers.jsonl.incomplete:1: not a line of an unfinished run"),
+    (lambda r: [], "", "not a line of an unfinished run"),
+]
+
+
+@pytest.mark.parametrize("change, flags, named", OTHERS)
+def test_an_unfinished_file_of_something_else_is_refused(change, flags, named, command, unbroken):
+    lines = [json.loads(line) for line in unbroken.splitlines()[:2]]
+    write_jsonl(PART, [change(lines[0]), lines[1]])
+    before = PART.read_bytes()
+    status, _, error = command(*SAMPLING, *flags.split())
+    assert status == 1 and error.count("\n") == 1 and named in error, error
+    assert PART.read_bytes() == before and not Path("answers.jsonl").exists()
+    assert command(*SAMPLING, *flags.split(), "--overwrite")[0] == 0 and not PART.exists()
+
+
+def test_candidates_become_pairs(command):
+    """With a scorer's column, the best against the worst; an older preference on the record is not taken for one."""
+    stale = {"chosen": "old", "rejected": "older", "scores": [1, 2, 3]}
+    write_jsonl("asked.jsonl", [record | stale for record in ASKED])
+    sampling = "--num-samples 3 --temperature 1 --max-new-tokens 20 --limit 2".split()
+    assert command("--prompts", "asked.jsonl", "--out", "candidates.jsonl", *sampling)[0] == 0
+    records = read_jsonl("candidates.jsonl")
+    assert len(records) == 2 and not any({"chosen", "rejected", "scores"} & record.keys() for record in records)
+    for record, scores in zip(records, ([0.1, 0.3, 0.2], [5, 0, 1])):
+        best, worst = np.argmax(scores), np.argmin(scores)
+        kind, example = data.parse_record(record | {"scores": scores}, "here")
+        assert kind == "candidates" and example.prompt == record["prompt"]
+        assert example.responses == (record["responses"][best], record["responses"][worst])
+
+
 USAGE = [
     "--num-samples 2", "--num-samples 0 --temperature 1", "--temperature -1", "--temperature nan", "--top-p 0",
     "--top-p 1.1", "--top-k -1", "--seed -1", "--seed 18446744073709551616", "--max-new-tokens 0", "--batch-size 0",
-    "--chat --prompt x", "--chat --out x", "--prom x", "--dtype fp16",
+    "--chat --prompt x", "--chat --out x", "--prom x", "--dtype fp16", "--limit 0", "--format alpaca --prompts x --out y",
+    "--format mt_bench --prompts x", "--format mt_bench --prompt x --out y",
+    "--format mt_bench --prompts x --out y --num-samples 2 --temperature 1",
 ]  # fmt: skip
 
 
