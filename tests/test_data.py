@@ -322,7 +322,7 @@ def test_prompt_ends_with_generation_prompt_and_response_with_end_of_turn(tmp_pa
     end. Llama 3's template trims, ChatML's and Zephyr's write a newline after the end of turn, Mistral's here a space."""
     tokenizer, (_, _, end, prompt_text, response_text) = checkpoint(tmp_path, name), CHECKPOINTS[name]
     assert tokenizer.prompt_text(CONVERSATION, "") == prompt_text
-    assert tokenizer.response_text(CONVERSATION, prompt_text, ANSWER, "") == response_text
+    assert tokenizer.texts([Example(CONVERSATION, (ANSWER,), "")]) == [(prompt_text, [response_text])]
     prompt, [response, _], _ = encode(tokenizer, CONVERSATION, ANSWER, "No.")
     whole = tokenizer.backend.encode(prompt_text + response_text + end, add_special_tokens=False).ids
     assert prompt + response == whole
@@ -340,8 +340,8 @@ def test_transformers_renders_and_encodes_the_same(tmp_path, name):
         assert ours.prompt_text(messages, "") == render(tokenize=False)
         assert encode(ours, messages, ANSWER)[0] == render(tokenize=True, return_dict=False)
     whole = theirs.apply_chat_template([*CONVERSATION, assistant(ANSWER)], tokenize=False)
-    text = ours.prompt_text(CONVERSATION, "")
-    assert whole.rstrip() == text + ours.response_text(CONVERSATION, text, ANSWER, "") + eos
+    [(text, [answer])] = ours.texts([Example(CONVERSATION, (ANSWER,), "")])
+    assert whole.rstrip() == text + answer + eos
 
 
 BOS_CASES = [  # template, prompt, how many BOS
@@ -374,12 +374,12 @@ def test_no_merge_crosses_the_boundary(tmp_path, template, prompt, response):
     """trl#1153, #2054: "Say " + "hello" encoded as one text is "Say" + " hello", so the prompt that was trained on is not
     the one that is given when the model answers, nor the same for chosen and rejected."""
     tokenizer = Tokenizer(write_checkpoint(tmp_path, byte_level(), template, "</s>"))
-    text = tokenizer.prompt_text(prompt, "")
+    [(text, [answer])] = tokenizer.texts([Example(prompt, (response,), "")])
     ids, [chosen, _], _ = encode(tokenizer, prompt, response, "No.")
     alone = lambda text: tokenizer.backend.encode(text, add_special_tokens=False).ids
     bos = [] if template else [tokenizer.bos_id]
     assert ids == bos + alone(text)
-    assert chosen[:-1] == alone(tokenizer.response_text(prompt, text, response, ""))
+    assert chosen[:-1] == alone(answer)
     assert ids + chosen[:-1] != bos + alone(text + response), "the case tests nothing: no merge would have crossed"
 
 
@@ -629,9 +629,9 @@ def test_base_checkpoint_without_template(tmp_path):
 def test_transcripts_become_turns(tmp_path):
     """HH-RLHF under a chat template: no "Human:" in the text, and no answer that starts with the space behind "Assistant:"."""
     tokenizer = checkpoint(tmp_path, "ChatML")
-    text = tokenizer.prompt_text(TRANSCRIPT, "")
+    [(text, [answer])] = tokenizer.texts([Example(TRANSCRIPT, (" See you.\n",), "")])
     assert text == tokenizer.prompt_text([user("Hi"), assistant("Hello."), user("Bye")], "")
-    assert tokenizer.response_text(TRANSCRIPT, text, " See you.\n", "") == "See you."
+    assert answer == "See you."
 
 
 def test_vocabulary_larger_than_the_embedding(tmp_path):
