@@ -131,7 +131,7 @@ def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> 
 
     which = {"repo_id": repository, "repo_type": kind, "revision": revision or None}
     try:
-        files = huggingface_hub.HfApi().list_repo_files(**which)
+        files = [file.rfilename for file in huggingface_hub.HfApi().repo_info(**which, timeout=20).siblings]
     except Exception as e:  # errors of the HTTP library too, and which one that is depends on the version
         try:
             cached = Path(huggingface_hub.snapshot_download(**which, local_files_only=True, allow_patterns=[]))
@@ -144,7 +144,7 @@ def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> 
     try:
         return Path(huggingface_hub.snapshot_download(**which, allow_patterns=wanted))
     except Exception as e:
-        refuse(e, "the download broke off ({}): run the same command again, what has come is kept")
+        refuse(e, "the download broke off ({}): run the same command again, files that came whole are kept")
 
 
 def data_files(name: str) -> list[Path]:

@@ -11,6 +11,7 @@ so that one that kills its process is counted like any other.
 """
 
 import argparse
+import faulthandler
 import gzip
 import json
 import math
@@ -19,6 +20,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -280,6 +282,7 @@ def run_case(seed: int, number: int, base: Path, work: Path) -> dict:
     shutil.copytree(base / "checkpoint", folder)
     what = mutate(r, folder, base)
     outcome, message = "read", ""
+    faulthandler.register(signal.SIGXCPU, chain=True)  # where the time went
     began = time.process_time()
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # the kernel refuses every write to a file
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(began) + SECONDS, resource.RLIM_INFINITY))
