@@ -21,11 +21,13 @@ import glob
 import gzip
 import itertools
 import json
+import math
 import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -420,22 +422,22 @@ class Tokenizer:
             raise DataError(
                 f"{path}: no such file (a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough)"
             )
-        try:
+        with self._library():
             self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the Rust library raises a bare Exception
-            raise DataError(f"{path}: not a tokenizer: {e}") from None
-        self.backend.no_truncation()
-        self.backend.no_padding()
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            if self.size > 2**20:  # the library goes through all ids up to the last one, and there may be four billion
+                raise DataError(f"{path}: a token has the id {self.size - 1}, too large for any vocabulary")
+            self.continuing = self._continuing()
+            self.bos_id = self._bos_id()
         settings = self._json("tokenizer_config.json")
         named = {
             key: v for key, v in (self._json("special_tokens_map.json") | settings).items() if key.endswith("_token")
         }
         texts = {key: v.get("content") if isinstance(v, dict) else v for key, v in named.items()}
         self.special = {key: text for key, text in texts.items() if isinstance(text, str)}
-        self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.stop_ids = self._stop_ids()
-        self.bos_id = self._bos_id()
-        self.continuing = self._continuing()
         self.own_template = chat_template  # the caller's, not the checkpoint's
         own = chat_template is not None
         self.template_file, source = ("--chat-template", chat_template) if own else self._template_source(settings)
@@ -449,6 +451,16 @@ class Tokenizer:
             self.end_id = min(self.stop_ids) if self.end_id is None else self.end_id
 
     # -- reading the folder
+
+    @contextmanager
+    def _library(self):
+        """tokenizers is Rust: it raises bare Exceptions, and panics, which are not even that."""
+        try:
+            yield
+        except (DataError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:
+            raise DataError(f"{self.folder / 'tokenizer.json'}: not a tokenizer: {e}") from None
 
     def _json(self, name: str) -> dict:
         path = self.folder / name
@@ -479,14 +491,22 @@ class Tokenizer:
     def _bos_id(self) -> int | None:
         """The token that the tokenizer would put before a text; None for most byte-level tokenizers."""
         bare, dressed = (self.backend.encode("x", add_special_tokens=flag).ids for flag in (False, True))
-        return dressed[0] if dressed[1 : len(bare) + 1] == bare else None
+        return dressed[0] if dressed and dressed[1 : len(bare) + 1] == bare else None
 
     def _continuing(self) -> tokenizers.Tokenizer:
         """The tokenizer for responses. Sentencepiece-like ones (Llama 2, Mistral) put a space before every text, in one of
         three ways; a response continues a text, so it gets none."""
+
+        def flat(stage: dict) -> list[dict]:
+            members = stage.get("normalizers") or stage.get("pretokenizers") or []
+            return [part for member in members for part in flat(member)] or [stage]
+
         spec = json.loads(self.backend.to_str())
-        stages = [(spec["normalizer"] or {}, "normalizers"), (spec["pre_tokenizer"] or {}, "pretokenizers")]
-        parts = [part for stage, members in stages for part in stage.get(members, [stage])]
+        normalizers = flat(spec["normalizer"] or {})
+        longer = math.prod(max(1, len(str(part.get("content", "")))) for part in normalizers)
+        if longer > 64:  # known ones replace one character by one, or by a few
+            raise DataError(f"{self.folder / 'tokenizer.json'}: normalizer: makes a text up to {longer} times as long")
+        parts = normalizers + flat(spec["pre_tokenizer"] or {})
         none = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
         prefixing = [part for part in parts if any(part.get(key, off) != off for key, off in none.items())]
         for part in prefixing:
@@ -549,7 +569,8 @@ class Tokenizer:
         messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}]
         [turn] = self.render([(messages, False)], [str(self.folder)])
         tail = turn.rpartition(content)[2]
-        ids = self.backend.encode(tail, add_special_tokens=False).ids
+        with self._library():
+            ids = self.backend.encode(tail, add_special_tokens=False).ids
         added = self.backend.get_added_tokens_decoder()
         ends = [i for i in ids if i in self.stop_ids] or [i for i in ids if i in added and added[i].special]
         end = ends[0] if ends else self._id(self.special.get("eos_token"))
@@ -596,13 +617,15 @@ class Tokenizer:
         return texts
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._library():
+            encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         if self.template or self.bos_id is None:
             return encoded
         return [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in encoded]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids + [self.end_id] for e in self.continuing.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._library():
+            return [e.ids + [self.end_id] for e in self.continuing.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)

@@ -59,6 +59,22 @@ HOSTILE = [
 ]  # fmt: skip
 SYNTAX = ["{%", "%}", "{{", "}}", "{#", "for", "in", "if", "endif", "endfor", "messages", "loop", "|", "(", ")", "[", "]", "'", "-%}",
           "range(9)", "{% generation %}", "{% set", "{% macro", "{% include 'x' %}", "{% import 'os' %}", "\\ud83d", "{% raw %}"]  # fmt: skip
+PARTS = [  # of a tokenizer.json: each makes the library panic, or work without end, in some version
+    ("pre_tokenizer", {"type": "FixedLength", "length": 0}), ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "a" * 60}),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 1000}] * 3}),
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(l+|e+|o+|H+| )+$z"}, "behavior": "Isolated", "invert": False}),
+    ("model", {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}), ("model", {"type": "Unigram", "unk_id": 9, "vocab": []}),
+    ("decoder", {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}), ("post_processor", None), ("model", None),
+]  # fmt: skip
+
+
+def some_tokenizer(r: random.Random, raw: bytes) -> bytes:
+    value = json.loads(raw)
+    if r.random() < 0.2:
+        name, part = r.choice(PARTS)
+        value[name] = part
+    return some_json(r, dumps(value).encode()) if r.random() < 0.9 else dumps(value).encode()
 
 
 def some_bytes(r: random.Random, raw: bytes) -> bytes:
@@ -210,7 +226,8 @@ def mutate(r: random.Random, folder: Path, base: Path) -> str:
         path = folder / "data" / name
         shutil.copy(base / "data" / name, path)
     raw = path.read_bytes()
-    special = {"model.safetensors": some_safetensors, "chat_template.jinja": some_template, "data.jsonl": some_lines,
+    special = {"model.safetensors": some_safetensors, "chat_template.jinja": some_template,
+               "tokenizer.json": some_tokenizer, "data.jsonl": some_lines,
                "data.jsonl.gz": lambda r, raw: gzip.compress(some_lines(r, gzip.decompress(raw))),
                "data.parquet": some_table}  # fmt: skip
     path.write_bytes((some_bytes if r.random() < 0.3 else special.get(name, some_json))(r, raw))
