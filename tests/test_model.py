@@ -395,7 +395,7 @@ def test_a_tensor_in_two_shards(tmp_path):
 
 
 ABSURD = [
-    {"num_hidden_layers": 2**30}, {"vocab_size": 2**30}, {"hidden_size": 2**30}, {"intermediate_size": 2**31 - 1},
+    {"num_hidden_layers": 5000}, {"vocab_size": 2**30}, {"hidden_size": 2**30}, {"intermediate_size": 2**31 - 1},
     {"head_dim": 2**20}, {"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2}, {"rope_theta": 10**400},
 ]  # fmt: skip
 
