@@ -14,7 +14,7 @@ Decisions about tokens, each of which some trainer got wrong at some time:
 * Prompt and response are encoded apart: no merge crosses the boundary, so the prompt is the same for every response.
 * A long prompt is cut at its start but keeps BOS and, being at the end, the generation prompt; a response that then does
   not fit is cut at its end. What was cut or dropped is counted. No empty response ever reaches a loss.
-* The template comes with the checkpoint, from strangers: it runs in a sandbox with a bound on its work (`template.py`).
+* The template comes with the checkpoint, from strangers: `template.py` runs it in a sandbox with a bound on its work.
 """
 
 import glob
@@ -109,7 +109,7 @@ def check_folder(folder: Path, matches: Callable[[str], bool]) -> None:
 
 def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> Path:
     """The folder in huggingface_hub's cache with the files of `owner/name[@revision]` that `choose` takes from the list
-    of all; those that are not there yet are fetched. Where the hub cannot be asked, the list is of what is cached."""
+    of all; those that are not there yet are fetched. Where the hub cannot be asked, what is cached is what there is."""
     absent = f"{name}: no such file or folder"
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or name.endswith(SUFFIXES):
@@ -123,7 +123,8 @@ def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> 
             case hub.HFValidationError():
                 raise DataError(absent) from None
             case hub.GatedRepoError():
-                raise DataError(f"{name}: gated on the hub: accept its terms at {url}, then run `hf auth login`") from None
+                terms = f"accept its terms at {url}, then run `hf auth login`"
+                raise DataError(f"{name}: gated on the hub: {terms}") from None
             case hub.RepositoryNotFoundError():
                 raise DataError(f"{absent} here, and no such {kind} on the hub (or private: `hf auth login`)") from None
             case hub.RevisionNotFoundError():
@@ -136,12 +137,10 @@ def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> 
         files = [file.rfilename for file in huggingface_hub.HfApi().repo_info(**which, timeout=20).siblings]
     except Exception as e:  # errors of the HTTP library too, and which one that is depends on the version
         try:
-            cached = Path(huggingface_hub.snapshot_download(**which, local_files_only=True, allow_patterns=[]))
+            return Path(huggingface_hub.snapshot_download(**which, local_files_only=True, allow_patterns=[]))
         except Exception:
             hint = "download it where there is a network and pass the folder"
             refuse(e, f"no such file or folder here, and the hub cannot be reached ({{}}); {hint}")
-        choose([str(file.relative_to(cached)) for file in cached.rglob("*") if file.is_file()])
-        return cached
     wanted = [glob.escape(file) for file in choose(files)]
     try:
         return Path(huggingface_hub.snapshot_download(**which, allow_patterns=wanted))

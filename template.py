@@ -1,12 +1,12 @@
 """Chat templates: programs that come with a checkpoint, from strangers. They run in a process of their own.
 
 jinja2's immutable sandbox keeps a template away from Python and from the data, but does not bound its work: a macro that
-calls itself twice, `10 ** 10 ** 10`, `'%1000000000d' % 1`, a list that holds the one before it twice, forty times over. No
-list of forbidden operations is complete, so the limits are the kernel's: CPU time and memory of a child process, which
-hold whatever the template does. It is started once, renders for every caller, may write no file, and ends with its parent.
+calls itself twice, `10 ** 10 ** 10`, `'%1000000000d' % 1`, a list that holds the one before it twice, forty times over.
+No list of forbidden operations is complete, so the limits are the kernel's: CPU time and memory of a child process, which
+hold whatever the template does. It is started once, renders for all callers, can write no file, and ends with its parent.
 
     parent → child   length, marshal of (source, variables, conversations)
-    child → parent   for each conversation as it is done: kind and length of a text, the text; nothing but bytes and UTF-8
+    child → parent   for each conversation as it is done: kind, length, text; nothing but bytes and UTF-8
 """
 
 import json
@@ -93,7 +93,7 @@ def compile_template(source: str):
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}…{% endgeneration %}`, which marks the assistant's text in transformers, renders its body."""
+        """`{% generation %}…{% endgeneration %}`, with which transformers marks the assistant's text, renders its body."""
 
         tags = {"generation"}
 

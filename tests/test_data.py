@@ -547,13 +547,14 @@ BOUNDLESS = {  # without a bound each of these takes hours, or all memory
 def test_template_without_bounds(tmp_path, case):
     """jinja2's sandbox bounds ranges and little else; whatever the template does, its process has two seconds and 512 MiB. It
     begins with the third message, so that it looks like any other template when it is loaded."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # by processes that have ended
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, spent()
     guarded = "{% if messages | length > 2 %}" + BOUNDLESS[case] + "{% endif %}" + SHOW
     tokenizer = Tokenizer(write_checkpoint(tmp_path, byte_level(), guarded, "</s>"))
     with pytest.raises(DataError, match="^pairs.jsonl:7: the chat template refuses this conversation: ") as error:
         encode(tokenizer, [user("Hi"), assistant("Hello."), user("Bye")], "Yes.")
     assert "tokenizer_config.json: chat_template" in str(error.value) and "\n" not in str(error.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16 and spent() - began < 10
     encode(tokenizer, "Hi", "Yes.")  # and the next conversation is rendered as if nothing had happened
 
 

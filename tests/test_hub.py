@@ -30,7 +30,7 @@ MODEL_FILES = {  # as Mistral's repository holds them, every kind once
 OTHER_FILES = {
     name: b"not to be fetched"
     for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors", "modeling_custom.py", "onnx/model.onnx",
-                 "original/model.safetensors", "original/tokenizer.model", "training_args.bin", ".gitattributes")
+                 "original/model.safetensors", "original/tokenizer.model", "training_args.bin", ".gitattributes", "model_fp8/x.safetensors", "tokenizer_2/tokenizer.json")
 }  # fmt: skip
 LINE = b'{"prompt": "Hi", "chosen": "a", "rejected": "%s"}\n'
 PARTS = {f"data/{split}-0000{i}-of-00002-1f2e3d4c5b6a.jsonl": LINE % f"{split} {i}".encode()
