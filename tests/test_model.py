@@ -344,7 +344,7 @@ def entry(begin: int, end: int, rows: int = 8) -> dict:
 HEADERS = {  # case: (header or its text, bytes of tensors, what the error must say); the first one is sound
     "sound": ({"a": entry(0, 32), "b": entry(32, 64)}, 64, None),
     "two tensors over each other": ({"a": entry(0, 32), "b": entry(16, 48)}, 48, "`b`"),
-    "two tensors in one place": ({"a": entry(0, 32), "b": entry(0, 32)}, 32, "`b`"),
+    "two tensors in one place": ({"a": entry(0, 32), "b": entry(0, 32)}, 32, "invalid offset for tensor `"),
     "a hole": ({"a": entry(0, 32), "b": entry(40, 72)}, 72, "`b`"),
     "beyond the file": ({"a": entry(0, 32), "b": entry(32, 64)}, 40, "not fully covered"),
     "bytes behind the last": ({"a": entry(0, 32)}, 64, "not fully covered"),
