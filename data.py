@@ -14,31 +14,37 @@ Decisions about tokens, each of which some trainer got wrong at some time:
 * Prompt and response are encoded apart: no merge crosses the boundary, so the prompt is the same for every response.
 * A long prompt is cut at its start but keeps BOS and, being at the end, the generation prompt; a response that then does
   not fit is cut at its end. What was cut or dropped is counted. No empty response ever reaches a loss.
-* The template comes with the checkpoint, from strangers: it runs in jinja2's immutable sandbox.
+* The template comes with the checkpoint, from strangers: `template.py` runs it in a sandbox with a bound on its work.
 """
 
+import glob
 import gzip
+import itertools
 import json
+import math
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tokenizers
+
+import template
 
 Messages = list[dict]  # [{"role": "user", "content": "…"}, …]
 
 
 class DataError(ValueError):
     """Data, a tokenizer or a template that cannot be used; the message names file, line and field."""
+
+    def __init__(self, message: str):  # one line of bounded length, whatever a stranger's file has put into it
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)[:2000])
 
 
 class Example(NamedTuple):
@@ -64,37 +70,82 @@ class Tree(NamedTuple):
 # Files → records
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
+LONGEST_LINE = 2**26  # bytes of one record; a small .gz may unpack to a line of any length
 
 
 def local_path(name: str, kind: str, patterns: Iterable[str] = ("*",)) -> Path:
-    """What the user named, as a path here: a path that exists, or a hub id `owner/name` with optional `@revision`
-    that is downloaded (only files that match `patterns`) into huggingface_hub's cache. kind: "model" or "dataset"."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    """What the user named, as a path here: a path that exists, or a hub id `owner/name` with optional `@revision`, of
+    which the files at its top that match `patterns` are fetched into huggingface_hub's cache. kind: "model", "dataset".
+
+    Raises DataError, also for a model's folder with files that are no part of it (`check_folder`)."""
+    matches = lambda file: any(fnmatch(file, pattern) for pattern in patterns)
+    path = Path(os.path.expanduser(name))
+    if not path.exists():
+        path = from_hub(name, kind, lambda files: [file for file in files if "/" not in file and matches(file)])
+    if kind == "model" and path.is_dir():
+        check_folder(path, matches)
+    return path
+
+
+def check_folder(folder: Path, matches: Callable[[str], bool]) -> None:
+    """Hold the files of a checkpoint, before any is read, to what a checkpoint is made of: no link that leads out (into
+    the user's own files, which a saved checkpoint would copy), no pipe or device, no small file of absurd size."""
+    home = Path(os.path.realpath(folder))
+    homes = [home]
+    if home.parent.name == "snapshots":  # the hub's cache: links into the blobs of this repository, or of all
+        homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
+    for file in folder.iterdir():
+        target = Path(os.path.realpath(file))
+        if not any(target.is_relative_to(home) for home in homes):
+            raise DataError(f"{file}: a link to {target}, outside the checkpoint: put the file itself here")
+        if not matches(file.name) or target.is_dir():
+            continue
+        if not target.is_file():
+            raise DataError(f"{file}: not a regular file" if target.exists() else f"{file}: a link to no file")
+        most = 2**26 if file.name == "tokenizer.json" else 2**24  # Gemma 3's has 2²⁵ bytes
+        if not file.name.endswith(".safetensors") and (size := target.stat().st_size) > most:
+            raise DataError(f"{file}: {size} bytes, more than such a file of any checkpoint ({most})")
+
+
+def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """The folder in huggingface_hub's cache with the files of `owner/name[@revision]` that `choose` takes from the list
+    of all; those that are not there yet are fetched. Where the hub cannot be asked, what is cached is what there is."""
+    absent = f"{name}: no such file or folder"
     repository, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or name.endswith(SUFFIXES):
-        raise DataError(f"{name}: no such file or folder")
+        raise DataError(absent)
     import huggingface_hub
     import huggingface_hub.errors as hub
 
-    absent = f"{name}: no such file or folder"
-    url = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
-    wanted = {"repo_type": kind, "revision": revision or None, "allow_patterns": list(patterns)}
+    def refuse(e: Exception, otherwise: str):
+        url = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+        match e:
+            case hub.HFValidationError():
+                raise DataError(absent) from None
+            case hub.GatedRepoError():
+                terms = f"accept its terms at {url}, then run `hf auth login`"
+                raise DataError(f"{name}: gated on the hub: {terms}") from None
+            case hub.RepositoryNotFoundError():
+                raise DataError(f"{absent} here, and no such {kind} on the hub (or private: `hf auth login`)") from None
+            case hub.RevisionNotFoundError():
+                raise DataError(f"{name}: the {kind} has no revision {revision!r} on the hub") from None
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise DataError(f"{name}: {otherwise.format(reason)}") from None
+
+    which = {"repo_id": repository, "repo_type": kind, "revision": revision or None}
     try:
-        return Path(huggingface_hub.snapshot_download(repository, **wanted))
-    except hub.HFValidationError:
-        raise DataError(absent) from None
-    except hub.GatedRepoError:
-        raise DataError(f"{name}: gated on the hub: accept its terms at {url}, then run `hf auth login`") from None
-    except hub.RepositoryNotFoundError:
-        raise DataError(f"{absent} here, and no such {kind} on the hub (or private: `hf auth login`)") from None
-    except hub.RevisionNotFoundError:
-        raise DataError(f"{name}: the {kind} has no revision {revision!r} on the hub") from None
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        hint = "download it where there is a network and pass the folder"
-        raise DataError(f"{absent} here, and the hub cannot be reached ({reason}); {hint}") from None
+        files = [file.rfilename for file in huggingface_hub.HfApi().repo_info(**which, timeout=20).siblings]
+    except Exception as e:  # errors of the HTTP library too, and which one that is depends on the version
+        try:
+            return Path(huggingface_hub.snapshot_download(**which, local_files_only=True, allow_patterns=[]))
+        except Exception:
+            hint = "download it where there is a network and pass the folder"
+            refuse(e, f"no such file or folder here, and the hub cannot be reached ({{}}); {hint}")
+    wanted = [glob.escape(file) for file in choose(files)]
+    try:
+        return Path(huggingface_hub.snapshot_download(**which, allow_patterns=wanted))
+    except Exception as e:
+        refuse(e, "the download broke off ({}): run the same command again, files that came whole are kept")
 
 
 def data_files(name: str) -> list[Path]:
@@ -107,21 +158,35 @@ def data_files(name: str) -> list[Path]:
         before, at, revision = name.partition("@")
         root, _, split = before.partition(":")
         root += at + revision
-    path = local_path(root, "dataset", [f"*{split}*{suffix}" for suffix in SUFFIXES])
-    if path.is_file():
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
-    splits = {f: re.sub(r"(-\d+-of-\d+(-\w+)?)?\.(jsonl|json|jsonl\.gz|parquet)$", "", f.name) for f in files}
-    names = sorted(set(splits.values()))
-    if split:
-        files = [f for f in files if split in (splits[f], *f.relative_to(path).parts[:-1])]
-    elif len(names) > 1 and not Path(name).exists():
-        raise DataError(f"{name}: holds several splits, {', '.join(names)}: pass one as {name}:SPLIT")
-    if not files:
-        raise DataError(
-            f"{name}: no {', '.join(SUFFIXES)} file" + (f" of split {split!r}" if split else "") + f" in {path}"
-        )
-    return files
+    local = Path(os.path.expanduser(root))
+    if local.is_file():
+        return [local]
+
+    def choose(files: list[str]) -> list[str]:
+        splits = {file: _split_of(Path(file)) for file in sorted(files) if file.endswith(SUFFIXES)}
+        names = sorted(set(splits.values()))
+        if not split and len(names) > 1 and not local.exists():
+            raise DataError(f"{name}: holds several splits, {', '.join(names)}: pass one as {root}:SPLIT")
+        chosen = [f for f, of in splits.items() if not split or split in (of, *Path(f).parts[:-1])]
+        if not chosen:
+            of = f" of split {split!r}" if split else ""
+            there = f": it has {', '.join(names)}" if names else ""
+            raise DataError(f"{name}: no {', '.join(SUFFIXES)} file{of} in {local if local.exists() else root}{there}")
+        return chosen
+
+    folder = local if local.exists() else from_hub(root, "dataset", choose)
+    chosen = choose([str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
+    parts = {m.groups() for file in chosen if (m := re.search(r"^(.*)-(\d+)-of-(\d+)[^/]*$", file))}
+    for stem, _, count in parts:
+        if (here := sum(part[::2] == (stem, count) for part in parts)) != int(count):
+            raise DataError(f"{name}: {folder / stem}-…: {here} of {int(count)} parts are here")
+    return [folder / file for file in chosen]
+
+
+def _split_of(file: Path) -> str:
+    """`data/train-00000-of-00003-0a1b2c.parquet` → train; `train/0000.parquet` → train."""
+    name = re.sub(r"(-\d+-of-\d+(-\w+)?)?\.(jsonl|json|jsonl\.gz|parquet)$", "", file.name)
+    return file.parent.name if name.isdigit() and file.parent.name else name
 
 
 def read_records(name: str) -> Iterator[tuple[str, dict]]:
@@ -158,7 +223,9 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
             yield f"{path} record {i}", record
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                if len(line) == LONGEST_LINE:
+                    raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE} bytes")
                 if line.strip():
                     yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
     else:
@@ -327,16 +394,6 @@ def as_messages(prompt: str) -> Messages:
 # Examples → tokens
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which transformers adds to mark the assistant's text, renders its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
 def read_template(name: str | None) -> str | None:
     """The argument of `--chat-template` as `Tokenizer` takes it: a file's text, "" for 'none', None if absent."""
     if name is None or name == "none":
@@ -364,25 +421,26 @@ class Tokenizer:
             raise DataError(
                 f"{path}: no such file (a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough)"
             )
-        try:
+        with self._library():
             self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the Rust library raises a bare Exception
-            raise DataError(f"{path}: not a tokenizer: {e}") from None
-        self.backend.no_truncation()
-        self.backend.no_padding()
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+            if self.size > 2**20:  # the library goes through all ids up to the last one, and there may be four billion
+                raise DataError(f"{path}: a token has the id {self.size - 1}, too large for any vocabulary")
+            self.continuing = self._continuing()
+            self.bos_id = self._bos_id()
         settings = self._json("tokenizer_config.json")
         named = {
             key: v for key, v in (self._json("special_tokens_map.json") | settings).items() if key.endswith("_token")
         }
         texts = {key: v.get("content") if isinstance(v, dict) else v for key, v in named.items()}
         self.special = {key: text for key, text in texts.items() if isinstance(text, str)}
-        self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.stop_ids = self._stop_ids()
-        self.bos_id = self._bos_id()
-        self.continuing = self._continuing()
         self.own_template = chat_template  # the caller's, not the checkpoint's
-        source = self._template_source(settings) if chat_template is None else chat_template
-        self.template = self._compile(source) if source else None
+        own = chat_template is not None
+        self.template_file, source = ("--chat-template", chat_template) if own else self._template_source(settings)
+        self.template = source or None
         self.tail = self._learn_end_of_turn() if self.template else ""
         if not self.stop_ids:
             files = "generation_config.json, config.json, tokenizer_config.json or the template"
@@ -393,9 +451,24 @@ class Tokenizer:
 
     # -- reading the folder
 
+    @contextmanager
+    def _library(self):
+        """tokenizers is Rust: it raises bare Exceptions, and panics, which are not even that."""
+        try:
+            yield
+        except (DataError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:
+            raise DataError(f"{self.folder / 'tokenizer.json'}: not a tokenizer: {e}") from None
+
     def _json(self, name: str) -> dict:
         path = self.folder / name
-        value = _parse_json(path.read_bytes(), str(path)) if path.exists() else {}
+        try:
+            value = _parse_json(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            return {}
+        except OSError as e:
+            raise DataError(f"{path}: cannot be read: {e}") from None
         if not isinstance(value, dict):
             raise DataError(f"{path}: expected a JSON object")
         return value
@@ -417,30 +490,43 @@ class Tokenizer:
     def _bos_id(self) -> int | None:
         """The token that the tokenizer would put before a text; None for most byte-level tokenizers."""
         bare, dressed = (self.backend.encode("x", add_special_tokens=flag).ids for flag in (False, True))
-        return dressed[0] if dressed[1 : len(bare) + 1] == bare else None
+        return dressed[0] if dressed and dressed[1 : len(bare) + 1] == bare else None
 
     def _continuing(self) -> tokenizers.Tokenizer:
         """The tokenizer for responses. Sentencepiece-like ones (Llama 2, Mistral) put a space before every text, in one of
         three ways; a response continues a text, so it gets none."""
+
+        def flat(stage: dict) -> list[dict]:
+            members = stage.get("normalizers") or stage.get("pretokenizers") or []
+            return [part for member in members for part in flat(member)] or [stage]
+
         spec = json.loads(self.backend.to_str())
-        stages = [(spec["normalizer"] or {}, "normalizers"), (spec["pre_tokenizer"] or {}, "pretokenizers")]
-        parts = [part for stage, members in stages for part in stage.get(members, [stage])]
+        normalizers = flat(spec["normalizer"] or {})
+        longer = math.prod(max(1, len(str(part.get("content", "")))) for part in normalizers)
+        if longer > 64:  # known ones replace one character by one, or by a few
+            raise DataError(f"{self.folder / 'tokenizer.json'}: normalizer: makes a text up to {longer} times as long")
+        parts = normalizers + flat(spec["pre_tokenizer"] or {})
         none = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
         prefixing = [part for part in parts if any(part.get(key, off) != off for key, off in none.items())]
         for part in prefixing:
             part |= {key: none[key] for key in none.keys() & part.keys()}
         return tokenizers.Tokenizer.from_str(json.dumps(spec)) if prefixing else self.backend
 
-    def _template_source(self, settings: dict) -> str:
+    def _template_source(self, settings: dict) -> tuple[str, str]:
+        """(where it stands, source); the source is "" where there is none."""
         path = self.folder / "chat_template.jinja"
         if path.exists():
-            return read_template(str(path))
-        source = settings.get("chat_template") or self._json("chat_template.json").get("chat_template") or ""
+            return str(path), read_template(str(path))
+        where, source = "tokenizer_config.json", settings.get("chat_template")
+        if not source:
+            where, source = "chat_template.json", self._json("chat_template.json").get("chat_template") or ""
         if isinstance(source, list):  # several named templates
-            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+            named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+            source = named[-1].get("template") if named else None
+        where = f"{self.folder / where}: chat_template"
         if not isinstance(source, str):
-            raise DataError(f"{self.folder}: chat_template: expected a string, or a list with one named 'default'")
-        return source
+            raise DataError(f"{where}: expected a string, or a list with one named 'default'")
+        return where, source
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises DataError where a token of the tokenizer has no row in an embedding of `vocab_size`."""
@@ -464,49 +550,26 @@ class Tokenizer:
 
     # -- the template
 
-    def _compile(self, source: str) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])  # fmt: skip
-
-        def raise_exception(message: str):
-            raise jinja2.TemplateError(message)
-
-        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(
-                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-            )
-
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = datetime.now().strftime  # the same moment, however long the run
-        # the type itself would bring dict.update along, which changes the data
-        environment.globals["dict"] = lambda *items, **more: dict(*items, **more)
+    def render(self, conversations: list[tuple[Messages, bool]], places: list[str]) -> list[str]:
+        """The text of every conversation (messages, whether to add the generation prompt); `places` are for errors."""
         try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as e:
-            source = "--chat-template" if self.own_template else self.folder
-            raise DataError(f"{source}: the chat template does not compile: {e}") from None
-
-    def render(self, messages: Messages, where: str, generation_prompt: bool = False) -> str:
-        try:
-            return self.template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt, **self.special
-            )
-        except Exception as e:  # a template may fail in any way that Python may
-            raise DataError(
-                f"{where}: the chat template refuses this conversation: {' '.join(str(e).split())}"
-            ) from None
+            return template.render(self.template, self.special, conversations)
+        except template.TemplateFailure as e:
+            if e.number is None:
+                raise DataError(f"{self.template_file}: the chat template does not compile: {e}") from None
+            problem = f"the chat template refuses this conversation: {e}"
+            raise DataError(f"{places[e.number]}: {problem} ({self.template_file})") from None
 
     def _learn_end_of_turn(self) -> str:
         """What the template writes behind an assistant's last message; sets `end_id` to the token that opens it.
 
         Most write the end-of-turn token, some a newline after it, a few nothing at all: then EOS ends the turn."""
         content = "The content of this message."
-        turn = self.render(
-            [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}], str(self.folder)
-        )
+        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": content}]
+        [turn] = self.render([(messages, False)], [str(self.folder)])
         tail = turn.rpartition(content)[2]
-        ids = self.backend.encode(tail, add_special_tokens=False).ids
+        with self._library():
+            ids = self.backend.encode(tail, add_special_tokens=False).ids
         added = self.backend.get_added_tokens_decoder()
         ends = [i for i in ids if i in self.stop_ids] or [i for i in ids if i in added and added[i].special]
         end = ends[0] if ends else self._id(self.special.get("eos_token"))
@@ -520,53 +583,58 @@ class Tokenizer:
     # -- encoding
 
     def prompt_text(self, prompt: str | Messages, where: str) -> str:
-        """What the model reads before it answers, generation prompt included. A string is one user message where
-        there is a template, and itself where there is none."""
-        if self.template:
-            return self.render(
-                as_messages(prompt) if isinstance(prompt, str) else prompt, where, generation_prompt=True
-            )
-        if isinstance(prompt, str):
-            return prompt
-        raise DataError(
-            f"{where}: a list of messages needs a chat template, and {self.folder} has none: pass --chat-template FILE"
-        )
+        """What the model reads before it answers, generation prompt included."""
+        return self.texts([Example(prompt, (), where)])[0][0]
 
-    def response_text(self, prompt: str | Messages, prompt_text: str, response: str, where: str) -> str:
-        """What the model would have to write after `prompt_text`, up to but without the end-of-turn token."""
+    def texts(self, examples: list[Example]) -> list[tuple[str, list[str]]]:
+        """For every example what the model reads before it answers, generation prompt included, and what it would have
+        to write then, up to but without the end-of-turn token. A string prompt is one user message where there is a
+        template, and itself where there is none."""
         if not self.template:
-            return response
-        messages = prompt
-        if isinstance(prompt, str):
-            messages = as_messages(prompt)
-            response = response.strip() if prompt.endswith(ASSISTANT_MARK) else response  # as the turns before it
-        whole = self.render([*messages, {"role": "assistant", "content": response}], where)
-        if not whole.startswith(prompt_text):
-            problem = "renders the prompt differently once it is answered, so the response cannot be told from it"
-            raise DataError(f"{where}: the chat template {problem}")
-        return whole[len(prompt_text) :].removesuffix(self.tail)
+            for example in examples:
+                if not isinstance(example.prompt, str):
+                    needs = f"a list of messages needs a chat template, and {self.folder} has none"
+                    raise DataError(f"{example.where}: {needs}: pass --chat-template FILE")
+            return [(example.prompt, list(example.responses)) for example in examples]
+        conversations, places = [], []
+        for prompt, responses, where in examples:
+            if isinstance(prompt, str):
+                # an answer to a transcript is stripped as the turns before it are
+                responses = [r.strip() for r in responses] if prompt.endswith(ASSISTANT_MARK) else responses
+                prompt = as_messages(prompt)
+            conversations.append((prompt, True))
+            conversations += [([*prompt, {"role": "assistant", "content": r}], False) for r in responses]
+            places += [where] * (1 + len(responses))
+        rendered = iter(self.render(conversations, places))
+        texts = []
+        for example in examples:
+            prompt, wholes = next(rendered), list(itertools.islice(rendered, len(example.responses)))
+            if not all(whole.startswith(prompt) for whole in wholes):
+                problem = "renders the prompt differently once it is answered, so the response cannot be told from it"
+                raise DataError(f"{example.where}: the chat template {problem}")
+            texts.append((prompt, [whole[len(prompt) :].removesuffix(self.tail) for whole in wholes]))
+        return texts
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._library():
+            encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         if self.template or self.bos_id is None:
             return encoded
         return [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in encoded]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids + [self.end_id] for e in self.continuing.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._library():
+            return [e.ids + [self.end_id] for e in self.continuing.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def encode(self, examples: list[Example], max_length: int, max_prompt_length: int, counts: Counter) -> list[Tree]:
         """Trees within `max_length` tokens per path; adds what was cut or dropped, and why, to `counts`."""
-        texts = [self.prompt_text(e.prompt, e.where) for e in examples]
-        answers = [
-            self.response_text(e.prompt, text, r, e.where) for e, text in zip(examples, texts) for r in e.responses
-        ]
-        encoded = iter(self.encode_responses(answers))
+        texts = self.texts(examples)
+        encoded = iter(self.encode_responses([answer for _, answers in texts for answer in answers]))
         trees = []
-        for example, prompt in zip(examples, self.encode_prompts(texts)):
+        for example, prompt in zip(examples, self.encode_prompts([prompt for prompt, _ in texts])):
             responses = [next(encoded) for _ in example.responses]
             if not prompt:
                 counts["dropped: an empty prompt"] += 1

@@ -22,7 +22,9 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q [T,H,E], k
 
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message names the file and the key or tensor."""
+
+    def __init__(self, message: str):  # one line of bounded length, whatever a stranger's file has put into it
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)[:2000])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,14 +81,17 @@ class Config:
         def refuse(key: str, why: str):
             raise CheckpointError(f"{path}: {key} = {json.dumps(raw.get(key))}: {why}")
 
-        def number(key: str, default=None, kind=int):
+        def number(key: str, default=None, kind=int, most: int = 2**31):
             value = raw.get(key)
             value = default if value is None else value
             if value is None:
                 raise CheckpointError(f"{path}: {key} is missing")
-            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2**31:
-                refuse(key, f"expected a positive {kind.__name__} below 2³¹")
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value <= most:
+                refuse(key, f"expected a positive {kind.__name__} of at most {most}")
             return kind(value)
+
+        def size(key: str, default=None) -> int:  # so far no model is near: 126 layers, 151,936 words
+            return number(key, default, most=2**20)
 
         if raw.get("model_type") not in ("llama", "mistral"):
             refuse("model_type", "this is a Llama-style decoder; it loads llama and mistral")
@@ -92,22 +100,24 @@ class Config:
             if raw.get(key, neutral[0]) not in neutral:
                 refuse(key, f"not implemented (only {json.dumps(neutral[0])} is)")
 
-        heads = number("num_attention_heads")
-        hidden = number("hidden_size")
-        head_dim = number("head_dim", hidden // heads)
+        heads = size("num_attention_heads")
+        hidden = size("hidden_size")
+        head_dim = size("head_dim", hidden // heads)
         # where a key is absent its meaning is the default of transformers' class for that model type
-        kv_heads = number("num_key_value_heads", 8 if mistral and "num_key_value_heads" not in raw else heads)
+        kv_heads = size("num_key_value_heads", 8 if mistral and "num_key_value_heads" not in raw else heads)
         if heads % kv_heads:
             refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
         if head_dim % 2:
             refuse("head_dim", "rotary embeddings need an even number of features")
+        if heads * head_dim > 2**20:
+            refuse("head_dim", f"too many features with num_attention_heads = {heads}")
         window = raw.get("sliding_window", 4096) if mistral else None  # v0.2 and later say null
         rope_theta, rope_scaling = read_rope(raw, path)
         return cls(
-            vocab_size=number("vocab_size"),
+            vocab_size=size("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=number("intermediate_size"),
-            num_hidden_layers=number("num_hidden_layers"),
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers", most=2**10),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -148,7 +158,7 @@ def read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             numbers[name] = rope.get(name, raw.get(name))
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
             raise CheckpointError(f"{path}: {key}.{name} = {json.dumps(value)}: expected a positive number")
     theta = float(numbers.pop("rope_theta"))
     return theta, numbers or None
@@ -366,7 +376,7 @@ class PackedAttention:
 
 def read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
@@ -374,6 +384,20 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return value
+
+
+def parse_json(raw: bytes) -> object:
+    """JSON in which no key stands twice: what readers make of a second one differs. Raises ValueError."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(value := dict(pairs)) < len(pairs):
+            raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]} stands twice")
+        return value
+
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+
+
+LONGEST_HEADER = 2**24  # bytes of a safetensors file's list of tensors; 10,000 of them take a sixteenth
 
 
 class Weights:
@@ -389,14 +413,22 @@ class Weights:
         self.dtype = torch.float32  # of the first tensor; a saved checkpoint keeps it
         for path in self.shards(folder):
             try:
-                handle = safe_open(path, framework="pt")
+                with open(path, "rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    if size > LONGEST_HEADER:
+                        raise ValueError(f"a header of {size} bytes, more than {LONGEST_HEADER}")
+                    header = file.read(size)
+                handle = safe_open(path, framework="pt")  # refuses tensors that overlap, leave holes or exceed the file
+                parse_json(header)  # it takes the last of two of the same name
                 names = list(handle.keys())
-            except (SafetensorError, OSError) as e:
+            except (SafetensorError, OSError, ValueError, RecursionError) as e:
                 raise CheckpointError(f"{path}: not a whole safetensors file: {e}") from None
             for name in names:
                 dtype = handle.get_slice(name).get_dtype()
                 if dtype not in self.DTYPES:
                     raise CheckpointError(f"{path}: {name} is {dtype}: only {', '.join(self.DTYPES)} are supported")
+                if name in self.files:
+                    raise CheckpointError(f"{path}: {name} is also in {self.files[name][0].name}")
                 if not self.files:
                     self.dtype = self.DTYPES[dtype]
                 self.files[name] = (path, handle)
@@ -423,7 +455,7 @@ class Weights:
                 raise CheckpointError(
                     f"{index}: weight_map: {name!r} is not the name of a safetensors file in this folder"
                 )
-            if not (folder / name).exists():
+            if not os.path.isfile(folder / name):
                 raise CheckpointError(f"{folder / name}: no such file, though {index.name} names it")
         return [folder / name for name in names]
 
@@ -486,7 +518,8 @@ COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_to
               "chat_template.*", "vocab.*", "merges.txt", "LICENSE*")  # fmt: skip
 
 
-CHECKPOINT_FILES = ("*.safetensors", "model.safetensors.index.json", *COMPANIONS)  # all that is ever fetched from a hub
+# all that is ever fetched from a hub; beside them Mistral keeps the same weights again, in consolidated.safetensors
+CHECKPOINT_FILES = ("model*.safetensors", "model.safetensors.index.json", *COMPANIONS)
 
 
 def save(model: Llama, source: Path, out: Path, dtype: torch.dtype, write: bool = True, shard_bytes: int = 5 * 10**9,

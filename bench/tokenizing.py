@@ -51,11 +51,8 @@ def texts(name: str, tokenizer: Tokenizer) -> list[list[str]]:
     examples, batches = read_examples(name), []
     for i in range(0, len(examples), BATCH):
         batch = examples[i : i + BATCH]
-        prompts = [tokenizer.prompt_text(e.prompt, e.where) for e in batch]
-        answers = [
-            tokenizer.response_text(e.prompt, text, r, e.where) for e, text in zip(batch, prompts) for r in e.responses
-        ]
-        batches += [answers, prompts]
+        pairs = tokenizer.texts(batch)
+        batches += [[answer for _, answers in pairs for answer in answers], [prompt for prompt, _ in pairs]]
     return batches
 
 

@@ -6,8 +6,11 @@ import gzip
 import json
 import os
 import random
+import re
+import resource
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -155,20 +158,6 @@ def test_splits_of_a_folder(tmp_path):
     assert len(prompts("")) == 5
     with pytest.raises(DataError, match="no .* file of split 'valid'"):
         prompts(":valid")
-
-
-def test_a_hub_data_set_with_several_splits_must_be_asked_for_one(monkeypatch, tmp_path):
-    """UltraFeedback's repository holds train_prefs beside test_prefs: all of it at once would train on the test set."""
-    import huggingface_hub
-
-    for name in ("train_prefs-00000-of-00001.parquet", "test_prefs-00000-of-00001.parquet"):
-        (tmp_path / name).touch()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(
-        DataError, match="owner/name: holds several splits, test_prefs, train_prefs: pass one as owner/name:SPLIT"
-    ):
-        data.data_files("owner/name")
-    assert [f.name for f in data.data_files("owner/name:test_prefs@main")] == ["test_prefs-00000-of-00001.parquet"]
 
 
 def test_files_of_windows(tmp_path):
@@ -322,7 +311,7 @@ def test_prompt_ends_with_generation_prompt_and_response_with_end_of_turn(tmp_pa
     end. Llama 3's template trims, ChatML's and Zephyr's write a newline after the end of turn, Mistral's here a space."""
     tokenizer, (_, _, end, prompt_text, response_text) = checkpoint(tmp_path, name), CHECKPOINTS[name]
     assert tokenizer.prompt_text(CONVERSATION, "") == prompt_text
-    assert tokenizer.response_text(CONVERSATION, prompt_text, ANSWER, "") == response_text
+    assert tokenizer.texts([Example(CONVERSATION, (ANSWER,), "")]) == [(prompt_text, [response_text])]
     prompt, [response, _], _ = encode(tokenizer, CONVERSATION, ANSWER, "No.")
     whole = tokenizer.backend.encode(prompt_text + response_text + end, add_special_tokens=False).ids
     assert prompt + response == whole
@@ -340,8 +329,8 @@ def test_transformers_renders_and_encodes_the_same(tmp_path, name):
         assert ours.prompt_text(messages, "") == render(tokenize=False)
         assert encode(ours, messages, ANSWER)[0] == render(tokenize=True, return_dict=False)
     whole = theirs.apply_chat_template([*CONVERSATION, assistant(ANSWER)], tokenize=False)
-    text = ours.prompt_text(CONVERSATION, "")
-    assert whole.rstrip() == text + ours.response_text(CONVERSATION, text, ANSWER, "") + eos
+    [(text, [answer])] = ours.texts([Example(CONVERSATION, (ANSWER,), "")])
+    assert whole.rstrip() == text + answer + eos
 
 
 BOS_CASES = [  # template, prompt, how many BOS
@@ -374,12 +363,12 @@ def test_no_merge_crosses_the_boundary(tmp_path, template, prompt, response):
     """trl#1153, #2054: "Say " + "hello" encoded as one text is "Say" + " hello", so the prompt that was trained on is not
     the one that is given when the model answers, nor the same for chosen and rejected."""
     tokenizer = Tokenizer(write_checkpoint(tmp_path, byte_level(), template, "</s>"))
-    text = tokenizer.prompt_text(prompt, "")
+    [(text, [answer])] = tokenizer.texts([Example(prompt, (response,), "")])
     ids, [chosen, _], _ = encode(tokenizer, prompt, response, "No.")
     alone = lambda text: tokenizer.backend.encode(text, add_special_tokens=False).ids
     bos = [] if template else [tokenizer.bos_id]
     assert ids == bos + alone(text)
-    assert chosen[:-1] == alone(tokenizer.response_text(prompt, text, response, ""))
+    assert chosen[:-1] == alone(answer)
     assert ids + chosen[:-1] != bos + alone(text + response), "the case tests nothing: no merge would have crossed"
 
 
@@ -536,6 +525,56 @@ def test_hostile_template(tmp_path, template, message):
     assert prompt == [user("Hi"), assistant("Hello."), user("Bye")]
 
 
+BOUNDLESS = {  # without a bound each of these takes hours, or all memory
+    "a loop that writes nothing": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a macro without end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a long string": "{{ 'x' * 10**10 }}",
+    "a string that doubles": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "a list that holds itself": "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+    "a long list": "{% set l = [1] * 10**10 %}",
+    "a wide number": "{{ '%10000000000d' % 1 }}",
+    "a wide format": "{{ '{:>10000000000}'.format(1) }}",
+    "a wide filter": "{{ 'x' | center(10**10) }}",
+    "a large number": "{{ 7 ** (messages | length * 10**9) }}",
+    "much text": "{{ messages[0].content * 10**8 }}",
+    "a replacement": "{{ ('a' * 10**5) | replace('a', 'a' * 10**5) }}",
+    "half a character": r"{{ '\ud83d' }}",
+}
+
+
+@pytest.mark.parametrize("case", BOUNDLESS)
+def test_template_without_bounds(tmp_path, case):
+    """jinja2's sandbox bounds ranges and little else; whatever the template does, its process has two seconds and 512 MiB. It
+    begins with the third message, so that it looks like any other template when it is loaded."""
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # by processes that have ended
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, spent()
+    guarded = "{% if messages | length > 2 %}" + BOUNDLESS[case] + "{% endif %}" + SHOW
+    tokenizer = Tokenizer(write_checkpoint(tmp_path, byte_level(), guarded, "</s>"))
+    with pytest.raises(DataError, match="^pairs.jsonl:7: the chat template refuses this conversation: ") as error:
+        encode(tokenizer, [user("Hi"), assistant("Hello."), user("Bye")], "Yes.")
+    assert "tokenizer_config.json: chat_template" in str(error.value) and "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16 and spent() - began < 10
+    encode(tokenizer, "Hi", "Yes.")  # and the next conversation is rendered as if nothing had happened
+
+
+@pytest.mark.parametrize("source", ["{{" + "(" * 10**5, "{% if 1 %}" * 5000, "{{ 'x' * 10**10 }}", "{{ 'x' * 10**10 }", "{% include 'x' %}"])
+def test_template_that_does_not_compile(tmp_path, source):
+    """Compiling is work too: jinja2 folds constants, and calls itself for every bracket."""
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(DataError, match=f"^{tmp_path}.*chat template .*chat_template.jinja|^{tmp_path}/chat_template.jinja: "):
+        Tokenizer(write_checkpoint(tmp_path, byte_level(), None, "</s>"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="/proc tells the limits of a process")
+def test_templates_run_elsewhere(tmp_path):
+    """A template that found its way out of jinja2's sandbox would find a process that can write no file."""
+    assert Tokenizer(write_checkpoint(tmp_path, byte_level(), SHOW, "</s>")).prompt_text("Hi", "") == "user: Hi</s>"
+    child = data.template._child.pid
+    table = Path(f"/proc/{child}/limits").read_text()
+    assert re.search(r"Max file size +0 +0 ", table) and re.search(rf"Max address space +{2**29} ", table)
+
+
 def test_template_that_refuses_a_conversation(tmp_path):
     """One record of 60,000 with a system message, which Mistral's template forbids: the user must learn which one."""
     with pytest.raises(
@@ -629,9 +668,9 @@ def test_base_checkpoint_without_template(tmp_path):
 def test_transcripts_become_turns(tmp_path):
     """HH-RLHF under a chat template: no "Human:" in the text, and no answer that starts with the space behind "Assistant:"."""
     tokenizer = checkpoint(tmp_path, "ChatML")
-    text = tokenizer.prompt_text(TRANSCRIPT, "")
+    [(text, [answer])] = tokenizer.texts([Example(TRANSCRIPT, (" See you.\n",), "")])
     assert text == tokenizer.prompt_text([user("Hi"), assistant("Hello."), user("Bye")], "")
-    assert tokenizer.response_text(TRANSCRIPT, text, " See you.\n", "") == "See you."
+    assert answer == "See you."
 
 
 def test_vocabulary_larger_than_the_embedding(tmp_path):
@@ -830,6 +869,111 @@ def test_bad_checkpoint_folder(tmp_path, files, message):
     with pytest.raises(DataError, match=message) as error:
         Tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+LIBRARY = {  # parts of a tokenizer.json that the library takes when it reads the file
+    "panics when it encodes": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "panics when it loads": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "makes a text a million times as long": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 1000}]}] * 2}},
+    "knows no word": {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}},
+    "has an id of four billion": {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 2**32 - 2}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIBRARY)
+def test_tokenizer_that_breaks_the_library(tmp_path, case):
+    """A panic of the Rust library is no Exception: `except Exception` lets it through, and some ids cost minutes."""
+    spec = json.loads(byte_level()) | LIBRARY[case] | {"added_tokens": [], "post_processor": None}
+    began = time.process_time()
+    with pytest.raises(DataError, match=f"^{tmp_path}/tokenizer.json: ") as error:
+        Tokenizer(write_checkpoint(tmp_path, json.dumps(spec), CHATML, "</s>"))
+    assert "\n" not in str(error.value) and time.process_time() - began < 2
+
+
+PATTERNS = ("*.safetensors", "tokenizer*", "chat_template.*")
+
+
+def test_links_of_a_checkpoint(tmp_path):
+    """A link may lead to the user's own files, which a saved checkpoint would copy and publish. Inside the folder links
+    are sound, and so are those of the hub's cache into its blobs."""
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "models--owner--name" / "snapshots" / "0a1b"
+    (folder / "sub").mkdir(parents=True)
+    check = lambda: data.local_path(str(folder), "model", PATTERNS)
+    for blobs in (folder.parents[1] / "blobs", tmp_path / "blobs", folder / "sub"):
+        blobs.mkdir(exist_ok=True)
+        (blobs / "1f").write_text("{}")
+        (folder / "tokenizer.json").symlink_to(os.path.relpath(blobs / "1f", folder))
+        assert check() == folder
+        (folder / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "LICENSE", "sub2"):
+        for target in (tmp_path / "secret", "../../../secret", "/etc/passwd", "../../../blobs/../secret", tmp_path):
+            (folder / name).symlink_to(target)
+            with pytest.raises(DataError, match=f"{folder / name}: a link to /.*, outside the checkpoint"):
+                check()
+            (folder / name).unlink()
+    (tmp_path / "blobs" / "2f").symlink_to(tmp_path / "secret")
+    (folder / "tokenizer.json").symlink_to("../../../blobs/2f")
+    with pytest.raises(DataError, match="outside the checkpoint"):
+        check()
+
+
+def test_files_of_a_checkpoint(tmp_path):
+    """A pipe would be waited for without end; a tokenizer of many gigabytes is none."""
+    check = lambda: data.local_path(str(tmp_path), "model", PATTERNS)
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="tokenizer.json: not a regular file"):
+        check()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to("tokenizer.json")
+    with pytest.raises(DataError, match="tokenizer.json: a link to no file"):
+        check()
+    (tmp_path / "tokenizer.json").unlink()
+    for name, size in (("tokenizer.json", 2**40), ("chat_template.jinja", 2**25)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)  # takes no room on the disk
+        with pytest.raises(DataError, match=f"{name}: {size} bytes, more than such a file of any checkpoint"):
+            check()
+        (tmp_path / name).unlink()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(2**40)
+    assert check() == tmp_path
+
+
+def test_a_line_without_end(tmp_path):
+    """A .gz of 200 KiB unpacks to a line of 200 MiB, and one of a gigabyte to a terabyte."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD + b'{"prompt": "' + b" " * 200 * 2**20, 1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=f"a.jsonl.gz:2: a line of more than {2**26} bytes"):
+        read(tmp_path / "a.jsonl.gz")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18
+
+
+def test_error_is_one_short_line(tmp_path):
+    """Messages quote strangers: line breaks, a terminal's commands and megabytes among it."""
+    source = "{% if messages | length > 2 %}{{ raise_exception('a\\n\\x1b[2J\\u2028' + 'b' * 10**6) }}{% endif %}" + SHOW
+    tokenizer = Tokenizer(write_checkpoint(tmp_path, byte_level(), source, "</s>"))
+    with pytest.raises(DataError) as error:
+        encode(tokenizer, [user("Hi"), assistant("Hello."), user("Bye")], "Yes.")
+    assert str(error.value).isprintable() and len(str(error.value)) < 3000
+
+
+@pytest.mark.parametrize("parts", [["train-00001-of-00002"], ["train-00000-of-00002-aa", "test-00001-of-00002-aa"]])
+def test_half_a_split(tmp_path, parts):
+    """One of two parts, as an interrupted copy leaves them, is not the split."""
+    for part in parts:
+        write(tmp_path / f"{part}.jsonl", ULTRAFEEDBACK)
+    with pytest.raises(DataError, match=r"/train-…: 1 of 2 parts are here"):
+        read(f"{tmp_path}:train")
+
+
+def test_splits_in_folders(tmp_path):
+    """The hub's own conversion to parquet names the folder after the split and numbers the files."""
+    for split in ("train", "test"):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        write(tmp_path / "default" / split / "0000.jsonl", [{"prompt": split, "chosen": "a", "rejected": "b"}])
+    assert [prompt for _, prompt, _ in read(f"{tmp_path}:test")] == ["test"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

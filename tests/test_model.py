@@ -7,7 +7,9 @@ tests/logits.json holds transformers' logits, so that the comparison also holds 
 
 import json
 import os
+import resource
 import stat
+import time
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +334,107 @@ DAMAGED = {  # case: (what happens to the folder, what the error must name)
     "config not an object": (lambda folder: (folder / CONFIG).write_text("[]"), [CONFIG]),
     "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe"), [CONFIG]),
 }
+
+
+def entry(begin: int, end: int, rows: int = 8) -> dict:
+    """A tensor of a safetensors header: float32 [rows] in the bytes from `begin` to `end`."""
+    return {"dtype": "F32", "shape": [rows], "data_offsets": [begin, end]}
+
+
+HEADERS = {  # case: (header or its text, bytes of tensors, what the error must say); the first one is sound
+    "sound": ({"a": entry(0, 32), "b": entry(32, 64)}, 64, None),
+    "two tensors over each other": ({"a": entry(0, 32), "b": entry(16, 48)}, 48, "`b`"),
+    "two tensors in one place": ({"a": entry(0, 32), "b": entry(0, 32)}, 32, "invalid offset for tensor `"),
+    "a hole": ({"a": entry(0, 32), "b": entry(40, 72)}, 72, "`b`"),
+    "beyond the file": ({"a": entry(0, 32), "b": entry(32, 64)}, 40, "not fully covered"),
+    "bytes behind the last": ({"a": entry(0, 32)}, 64, "not fully covered"),
+    "end before begin": ({"a": entry(32, 0), "b": entry(0, 32)}, 32, "`a`"),
+    "offsets at 2⁶⁰": ({"a": entry(0, 2**60, 2**58)}, 64, "not fully covered"),
+    "a shape whose size overflows": ({"a": entry(0, 0) | {"shape": [2**32, 2**32]}}, 0, "overflow"),
+    "another shape than bytes": ({"a": entry(0, 32, 9)}, 32, "shape"),
+    "negative": ({"a": entry(0, 32, -8)}, 32, "-8"),
+    "the same name twice": ('{"a": %s, "a": %s}' % ((json.dumps(entry(0, 64, 16)),) * 2), 64, "a stands twice"),
+    "the same name twice, other bytes": (
+        '{"a": %s, "a": %s}' % (json.dumps(entry(32, 64)), json.dumps(entry(0, 64, 16))), 64, "a stands twice"),
+    "the same field twice": ('{"a": {"dtype": "F32", "dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}', 0, "dtype"),
+    "nested 100,000 deep": ("[" * 100_000, 0, "header"),
+    "an unknown type": ({"a": entry(0, 32) | {"dtype": "Q\n4"}}, 32, "unknown variant"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_hostile_header(case, tmp_path):
+    """A reader that trusted these offsets would hand one tensor's bytes to another, or read past the end of the file."""
+    header, size, says = HEADERS[case]
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (tmp_path / FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    if says is None:
+        assert Weights(tmp_path).files.keys() == header.keys()
+        return
+    with pytest.raises(CheckpointError) as error:
+        Weights(tmp_path)
+    message = str(error.value)
+    assert str(tmp_path / FILE) in message and says in message and "\n" not in message
+
+
+@pytest.mark.parametrize("size", [2**24 + 1, 10**9, 2**63, 2**64 - 1])
+def test_absurd_header_size(size, tmp_path):
+    """Eight bytes of a file may ask for any amount of memory."""
+    (tmp_path / FILE).write_bytes(size.to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match=f"{FILE}: .* a header of {size} bytes"):
+        Weights(tmp_path)
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    """Which of the two is meant? What was checked by somebody else may be the other one."""
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file({Q: torch.zeros(2)}, tmp_path / name)
+    write_index({Q: "one.safetensors", "other": "two.safetensors"})(tmp_path)
+    with pytest.raises(CheckpointError, match=f"two.safetensors: {Q} is also in one.safetensors"):
+        Weights(tmp_path)
+
+
+ABSURD = [
+    {"num_hidden_layers": 5000}, {"vocab_size": 2**30}, {"hidden_size": 2**30}, {"intermediate_size": 2**31 - 1},
+    {"head_dim": 2**20}, {"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2}, {"rope_theta": 10**400},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ABSURD, ids=lambda change: next(iter(change)))
+def test_absurd_sizes_cost_nothing(change, tmp_path):
+    """A line of config.json that asks for terabytes, or for a billion layers, is refused by its name."""
+    tiny.write(tmp_path, tiny.FAMILIES["llama-3"])
+    (tmp_path / CONFIG).write_text(json.dumps(tiny.FAMILIES["llama-3"] | change))
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal(tmp_path)
+    assert str(tmp_path / CONFIG) in message and (next(iter(change)) in message or "head_dim" in message)
+    assert time.process_time() - began < 1 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16
+
+
+def test_sizes_that_the_weights_do_not_have(tmp_path):
+    """Below those limits config.json may still ask for 100 TiB: the files' headers are held against it first."""
+    tiny.write(tmp_path, tiny.FAMILIES["llama-3"])
+    large = {"hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 100, "head_dim": 2**12, "vocab_size": 2**20}
+    (tmp_path / CONFIG).write_text(json.dumps(tiny.FAMILIES["llama-3"] | large))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "missing" in refusal(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17
+
+
+def test_key_that_stands_twice(tmp_path):
+    tiny.write(tmp_path, tiny.FAMILIES["llama-3"])
+    (tmp_path / CONFIG).write_text('{"vocab_size": 1, "vocab_size": 97}')
+    assert "vocab_size stands twice" in refusal(tmp_path)
+
+
+def test_error_is_one_short_line(tmp_path):
+    """Names of tensors come from the file: they may hold line breaks, a terminal's commands, or a megabyte."""
+    tiny.write(tmp_path, tiny.FAMILIES["llama-3"])
+    set_tensor("a\nb\x1b[2J\u2028" + "c" * 10**6, torch.zeros(1))(tmp_path)
+    message = refusal(tmp_path)
+    assert message.isprintable() and "not a tensor of this model: a b [2J c" in message and len(message) < 3000
+
+
 UNSUPPORTED = [  # a change to config.json, whose first key the error must name
     {"model_type": "qwen2"}, {"model_type": "gemma"}, {"model_type": "mixtral"}, {"model_type": None},
     {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"num_local_experts": 8},
