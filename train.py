@@ -59,6 +59,7 @@ from model import CheckpointError, Config, Llama, Weights
 from sample import generate
 from settings import HYPERPARAMETERS, NEEDS_REFERENCE, SECTIONS, Settings, read_settings
 from simpo import dpo_loss, simpo_loss
+PARENT = os.getppid()  # torchrun, if that started us
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -72,9 +73,11 @@ def start_processes(settings: Settings) -> tuple[torch.device, DeviceMesh]:
         torch.cuda.set_device(device)
     else:  # oneDNN keeps buffers for every shape it has seen, and no two of our streams have the same length
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a torchrun that starts its workers again shows them the old addresses
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backends = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"  # offloaded gradients are normed on the host
-    dist.init_process_group(backends if kind == "cuda" else "gloo", **alone)
+    dist.init_process_group(backends if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return device, make_mesh(settings, kind)
 
 
@@ -543,7 +546,7 @@ def prepare_out(settings: Settings, files: contextlib.ExitStack) -> typing.TextI
 
 def launcher() -> str:
     """Whoever started this process: the same for all that one torchrun starts, and starts again."""
-    return f"{platform.node()}:{os.getppid()}"
+    return f"{platform.node()}:{PARENT}"
 
 
 def open_writers(settings: Settings, out: Path, first: int, files: contextlib.ExitStack) -> list[Callable[[dict], None]]:
@@ -677,10 +680,10 @@ def dry_run(settings: Settings) -> None:
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or SIGUSR1 has come, or the torchrun that started this process has died and left it alone."""
-    told, parent = [], os.getppid()
+    told = []
     before = {number: signal.signal(number, lambda *_: told.append(True)) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: bool(told) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+        yield lambda: bool(told) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -688,24 +691,22 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
 
 def main() -> None:
     settings = read_settings(description=__doc__)
-    with told_to_stop() as told, one_line_errors("train.py", settings):
+    with one_line_errors("train.py", settings):
         device, mesh = start_processes(settings)
         if settings.dry_run:
             dry_run(settings)
         else:
-            train(settings, device, mesh, told)
+            train(settings, device, mesh)
 
 
-def train(settings: Settings, device: torch.device, mesh: DeviceMesh, told: Callable[[], bool] = lambda: False) -> None:
-    """One run, from reading to saving. Once `told()` is true on some process, it saves its state at the end of the step
+def train(settings: Settings, device: torch.device, mesh: DeviceMesh) -> None:
+    """One run, from reading to saving. Told to stop, on whichever process, it saves its state at the end of the step
     and leaves with status RESUME_ME."""
     with contextlib.ExitStack() as files:  # closed, and OUT unlocked, however the run ends
-        run(settings, device, mesh, told, files)
+        run(settings, device, mesh, files)
 
 
-def run(
-    settings: Settings, device: torch.device, mesh: DeviceMesh, told: Callable[[], bool], files: contextlib.ExitStack
-) -> None:
+def run(settings: Settings, device: torch.device, mesh: DeviceMesh, files: contextlib.ExitStack) -> None:
     if settings.dtype == "auto":
         settings.dtype = "bf16" if device.type == "cuda" else "fp32"
 
@@ -804,6 +805,7 @@ def run(
     )
     before = state["before"] if resumed else evaluate(0)
     # The loop. Every process is in every line of it; metrics are sums over all of them.
+    told = files.enter_context(told_to_stop())  # before this there is nothing to save
     seen = sum(map(len, steps[:first]))
     bar = progress(steps[first:], settings.objective, initial=first, total=len(steps))
     for step, numbers in enumerate(bar, first):

@@ -49,6 +49,11 @@ def strike(run: subprocess.Popen, fault: str, rng: random.Random) -> None:
         pass  # it was quicker
 
 
+def saved(out: Path) -> int:
+    """The step of the newest whole checkpoint."""
+    return max((int(path.name[5:]) for path in out.glob("checkpoints/step-*") if path.name[5:].isdigit()), default=0)
+
+
 def results(out: Path) -> tuple[bytes, list[dict]]:
     """The trained weights, and the metrics without what a clock or the machine says."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -57,7 +62,7 @@ def results(out: Path) -> tuple[bytes, list[dict]]:
 
 
 def one_case(out: Path, processes: int, seconds: float, rng: random.Random, seen: Counter, hits: int = 3) -> None:
-    """Start, strike at a random moment of the later half of a run's `seconds`, start again …, then let it finish."""
+    """Start, strike at a random moment, start again …, then let it finish. seconds: what a whole run takes."""
     deadline = time.time() + 40 * seconds
     with open(out.with_suffix(".log"), "a") as log:
         while True:
@@ -65,12 +70,14 @@ def one_case(out: Path, processes: int, seconds: float, rng: random.Random, seen
             if hits:
                 hits -= 1
                 fault = rng.choice(FAULTS)
-                try:
-                    run.wait(rng.uniform(0.5, 1) * seconds)
-                except subprocess.TimeoutExpired:
+                start_up, step = rng.random() < 0.2, rng.randrange(saved(out) + 1, 20) if saved(out) < 19 else 19
+                while run.poll() is None and not start_up and saved(out) < step:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0, 0.3 * seconds if start_up else 0.2))
+                if run.poll() is None:
+                    seen["during a save"] += any(out.glob("checkpoints/*.incomplete"))
                     strike(run, fault, rng)
                     seen[fault] += 1
-                    seen["during a save"] += any(out.glob("checkpoints/*.incomplete"))
             run.wait()
             if (out / "model").exists():
                 return

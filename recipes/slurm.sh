@@ -18,7 +18,8 @@
 out=${1:?"usage: sbatch recipes/slurm.sh OUT [flags of train.py]"}
 shift
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170 # seconds in which the workers may finish their step and save; 30 if unset
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170   # seconds in which the workers may finish their step and save; 30 if unset
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # workers that are started again must not find the addresses of those before
 
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 2 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
