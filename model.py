@@ -288,7 +288,9 @@ class Llama(nn.Module):
         return chunked_logps(hidden, self.head_weight, targets)
 
 
-LOGITS_CHUNK = 2**25  # logits alive at once (128 MiB in float32), whatever the vocabulary and the number of tokens
+# Logits alive at once, whatever the vocabulary and the number of tokens. A GPU's matrix products want many rows (128 MiB
+# in float32); on a CPU, blocks of over 32 MiB are mapped, zeroed and unmapped by glibc at every use.
+LOGITS_CHUNK = {"cuda": 2**25, "cpu": 2**23}
 
 
 def chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -299,7 +301,7 @@ def chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     def logps(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
         return -F.cross_entropy(wide(F.linear(h, w)), t, reduction="none")
 
-    rows = max(1, LOGITS_CHUNK // weight.shape[0])
+    rows = max(1, LOGITS_CHUNK[hidden.device.type] // weight.shape[0])
     chunks = zip(hidden.split(rows), targets.split(rows))
     return torch.cat([checkpoint(logps, h, weight, t, use_reentrant=False) for h, t in chunks])
 
