@@ -32,14 +32,15 @@ from settings import NEEDS_REFERENCE, Settings
 from train import PEAK_FLOPS, at_hand, train_flops
 
 GIB = 2**30
-SAMPLE = 2000  # pairs that are tokenized for their lengths
+SAMPLE, STEPS = 2000, 20  # pairs that are tokenized for their lengths, steps that are laid out in micro-batches
 # Where no pairs are at hand: UltraFeedback's median of a prompt and one response together, and prompt : response; README of
 # github.com/frankxwang/dpo-prefix-sharing
 PATH_TOKENS, PROMPT_TO_RESPONSE = 409, 0.42
 
 # What is neither a tensor nor ours. CUDA: its context and NCCL's buffers (assumed, not measured), and the share of tensors'
 # bytes that the caching allocator holds without using it. CPU: what Python, torch and a tokenizer have resident before the
-# first tensor (0.28 to 0.34 GiB measured, torch 2.13 on Linux), and what else glibc keeps.
+# first tensor (0.28 to 0.34 GiB measured, torch 2.13 on Linux), and what else glibc keeps
+# of what is freed (bench/plan_check.py).
 RUNTIME = {"cuda": 1.5 * GIB, "cpu": 0.31 * GIB}
 SLACK = {"cuda": 0.05, "cpu": 0.03}
 
@@ -98,6 +99,9 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
     # reduced gradient waits in its float32 buffer until the next block's is reduced. One process alone needs no buffers.
     gathered = c * (whole if gather_once else root)
     fetched = 0 if gather_once else c * block * (1 if shards == 1 else 2)
+    if kind == "cpu":  # what is kept lands in the holes that glibc finds where a block's weights were, and the next block's
+        # need new room: in the end the heap has grown as if all blocks' had stayed, and so with the reference's
+        fetched = c * (whole - root) * ((not gather_once) + online)
     unsharded = m * whole * (1 - 1 / shards) if gather_once else 0  # beyond the share that is counted as gradients
     reduced = m * block * (1 + 1 / shards)
 
@@ -187,14 +191,13 @@ def model_folder(settings: Settings) -> Path:
 def pairs(settings: Settings, folder: Path) -> tuple[list[Tree], int | None, str]:
     """Pairs with the lengths to plan with, how many the run has if that is known, and where these come from."""
     answers = 1 if settings.objective == "sft" else 2
-    if settings.plan_tokens_per_pair or not (at_hand(settings.data) and (folder / "tokenizer.json").exists()):
-        share = PROMPT_TO_RESPONSE / (answers + PROMPT_TO_RESPONSE)  # of the prompt, in a pair
-        each = (1 - share) / answers
-        tokens = settings.plan_tokens_per_pair or round(min(PATH_TOKENS, settings.max_length) / (share + each))
-        prompt = max(1, round(tokens * share))
-        cuts = np.linspace(prompt, max(tokens, prompt + answers), answers + 1).round().astype(int)
-        tree = Tree(np.zeros(prompt, np.int32), tuple(np.zeros(n, np.int32) for n in np.diff(cuts)), "")
-        why = "as told" if settings.plan_tokens_per_pair else "assumed: UltraFeedback's median"
+    told = settings.plan_tokens_per_pair
+    if told or not (at_hand(settings.data) and (folder / "tokenizer.json").exists()):
+        path = min(PATH_TOKENS, settings.max_length)
+        length = told / (answers + PROMPT_TO_RESPONSE) if told else path / (1 + PROMPT_TO_RESPONSE)  # of a response
+        prompt, response = (np.zeros(max(1, round(n)), np.int32) for n in (PROMPT_TO_RESPONSE * length, length))
+        tree = Tree(prompt, (response,) * answers, "")
+        why = "as told" if told else "assumed: UltraFeedback's median"
         return [tree] * settings.batch_size, None, f"{why}; {len(tree)} tokens a pair"
     tokenizer, examples, count = Tokenizer(folder, data.read_template(settings.chat_template)), [], 0
     for where, record in data.read_records(settings.data):
@@ -251,42 +254,41 @@ def plan(settings: Settings) -> dict:
     config = Config.from_folder(folder)
     trees, count, source = pairs(settings, folder)
 
-    # the micro-batches that data.plan makes of the first steps
+    # the micro-batches that data.plan makes of the first steps, and the longest pair, which may travel alone in a later one
+    epochs = data.batches(count or len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
+    total_steps = sum(1 for _ in itertools.islice(epochs, settings.max_steps)) if count else settings.max_steps
     order = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
-    steps = [[trees[n] for n in step] for step in itertools.islice(order, min(settings.max_steps or 20, 20))]
-    steps = [step for step in steps if len(step) == len(steps[0])]
+    steps = [[trees[n] for n in step] for step in itertools.islice(order, min(settings.max_steps or STEPS, STEPS))]
+    steps = [step for step in steps if len(step) == len(steps[0])]  # an epoch's last one may be short
     shares = [data.plan([len(tree) for tree in step], gpus, settings.microbatch_tokens) for step in steps]
     loads = [
-        Load.of([step[n] for n in numbers])
+        Load.of([step[i] for i in numbers])
         for step, rounds in zip(steps, shares)
-        for ranks in rounds
-        for numbers in ranks
-        if numbers
+        for numbers in itertools.chain(*rounds)
     ]
-    fullest = max(loads, key=lambda load: load.tokens)
+    longest = Load.of([max(trees, key=len)])
+    fullest = max(loads + [longest] * (total_steps != len(steps)), key=lambda load: load.tokens)
     items = memory(config, settings, kind, gpus, fullest)
-    if kind == "cpu":
+    if kind == "cpu":  # pages of the weights' files stay resident once they were read
         items["checkpoint, mapped"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     step_tokens = sum(sum(map(len, step)) for step in steps) / len(steps)
+    most = max(math.ceil(step_tokens / gpus), longest.tokens)
+    room_left = room - items.get("checkpoint, mapped", 0)
+    largest = largest_microbatch(config, settings, kind, gpus, fullest, most, room_left)
 
     # forward and backward are three passes; a reference that is asked at every step is one more, KTO's mean reward too
     online = settings.objective in NEEDS_REFERENCE and settings.reference == "online"
     passes = 3 + online + (settings.objective == "kto") * (1 + online)
     flops = sum(train_flops(config, step) for step in steps) / len(steps) * passes / 3
     seconds = flops / (gpus * peak * settings.mfu) if peak else None
-    total_steps = count and sum(
-        1 for _ in data.batches(count, settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
-    )
-    if settings.max_steps:
-        total_steps = min(total_steps or settings.max_steps, settings.max_steps)
-    fixed = items.get("checkpoint, mapped", 0)
-    most = math.ceil(step_tokens / gpus)
+    helps = {"more GPUs": True, "--activation-checkpointing": not settings.activation_checkpointing,
+             "--reference cached": online, "--offload": getattr(settings, "offload", None) is False}  # fmt: skip
     return {
         "machine": name, "kind": kind, "gpus": gpus, "room": room, "parameters": parameter_counts(config)[0], "pairs": source,
         "items": items, "total": sum(items.values()), "load": fullest, "microbatches": max(map(len, shares)),
-        "largest": largest_microbatch(config, settings, kind, gpus, fullest, most, room - fixed), "most": most,
+        "largest": largest if largest >= longest.tokens else 0, "most": most,
         "step_tokens": step_tokens, "step_pairs": len(steps[0]), "flops": flops, "peak": peak, "seconds": seconds,
-        "steps": total_steps,
+        "steps": total_steps, "helps": [what for what, applies in helps.items() if applies],
     }  # fmt: skip
 
 
@@ -307,12 +309,10 @@ def print_plan(settings: Settings) -> None:
         f"\nstep          {p['step_pairs']} pairs, {p['step_tokens']:,.0f} tokens; micro-batches of each {each}: {p['microbatches']}, "
         f"the fullest of {p['load'].tokens:,.0f} tokens (--microbatch-tokens {settings.microbatch_tokens})"
     )
-    if p["largest"] == p["most"]:
-        largest = f"{p['largest']:,}: a whole step at once"
-    elif p["largest"]:
-        largest = f"{p['largest']:,}"
+    if p["largest"]:
+        largest = f"{p['largest']:,}" + (": a whole step at once" if p["largest"] == p["most"] else "")
     else:
-        largest = "none fits: more GPUs, or --activation-checkpointing, --reference cached"
+        largest = f"none is small enough; what helps: {', '.join(p['helps'])}"
     print(f"largest       --microbatch-tokens {largest}")
     print(f"work          {p['flops']:.3g} floating-point operations a step")
     if p["seconds"]:
