@@ -10,7 +10,7 @@ of L blocks, `shards` GPUs that share one copy, c bytes of what is computed with
     gradients    m · P / shards       reduced                                           likewise
     optimizer    2 m · P / shards     AdamW's two moments                               likewise
     reference    c · P / shards       frozen, online                                    all the time
-    the rest     `moments` below: what a step has for a while; the worst moment counts
+    the rest     what a step has for a while, in three moments of backward; the worst one counts
 
 Time is train.py's `train_flops` over the peak of all GPUs times `--mfu`; communication and recomputation hide in that share.
 """
@@ -76,8 +76,9 @@ def parameter_counts(config: Config) -> tuple[int, int]:
     return whole, block
 
 
-def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load) -> dict[str, float]:
-    """Bytes on one GPU at the worst moment of a step, item by item. kind: "cuda" or "cpu", where it is the process's."""
+def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load) -> dict[str, dict[str, float]]:
+    """Bytes on one GPU, moment by moment of a backward pass, item by item. kind: "cuda", or "cpu": of the process, which
+    has but one moment."""
     c = {"bf16": 2, "fp32": 4, "fp64": 8}[settings.dtype]
     m = max(c, 4)
     shards = gpus // settings.replicate
@@ -110,18 +111,18 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
     one = works + (keeps["all"] if settings.activation_checkpointing else 0)
     chunk = min(load.predicted, max(1, LOGITS_CHUNK[kind] // config.vocab_size)) * config.vocab_size
     moments = {
-        "backward of the log-probabilities": {
+        "log-probs": {
             "gathered weights": gathered + fetched,
             "unsharded gradients": unsharded + 2 * c * matrix,  # the head's sum over chunks, and that of one chunk
             "activations": waiting,
             "log-prob chunk": 3 * m * chunk,  # log-softmax, its gradient, that of the logits
         },
-        "backward of the last block": {
+        "blocks": {  # the last one, when all others' inputs are still kept
             "gathered weights": gathered + fetched,
             "unsharded gradients": unsharded + c * matrix + c * block + reduced,
             "activations": waiting + one,
         },
-        "reduction of the root's gradients": {
+        "embedding": {  # at the end, its gradient and the head's are reduced
             "gathered weights": gathered if gather_once else 0,
             "unsharded gradients": unsharded
             + c * (root + (matrix if config.tie_word_embeddings else 0))
@@ -130,13 +131,17 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
         },
     }
     names = "gathered weights", "unsharded gradients", "activations", "log-prob chunk"
-    if kind == "cuda":  # what one moment frees, the next one takes
-        worst = max(moments.values(), key=lambda items: sum(items.values()))
-        items = stays | {name: worst.get(name, 0) for name in names}
-    else:  # glibc keeps much of what is freed, in pieces of the wrong size: each item counts at its own worst
-        items = stays | {name: max(moment.get(name, 0) for moment in moments.values()) for name in names}
-    items["context, slack"] = RUNTIME[kind] + SLACK[kind] * sum(items.values())
-    return items
+    if kind == "cpu":  # glibc keeps much of what is freed, in pieces of the wrong size: each item counts at its own worst
+        moments = {"": {name: max(moment.get(name, 0) for moment in moments.values()) for name in names}}
+    for moment, items in moments.items():
+        items = stays | {name: items.get(name, 0) for name in names}
+        moments[moment] = items | {"context, slack": RUNTIME[kind] + SLACK[kind] * sum(items.values())}
+    return moments
+
+
+def worst(moments: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The items of the moment that counts."""
+    return max(moments.values(), key=lambda items: sum(items.values()))
 
 
 def activations(config: Config, load: Load, c: int, kind: str) -> tuple[dict[str, float], float, float]:
@@ -162,7 +167,7 @@ def largest_microbatch(
     config: Config, settings: Settings, kind: str, gpus: int, load: Load, most: int, room: float
 ) -> int:
     """The most tokens of a micro-batch, up to `most`, with which a GPU needs at most `room` bytes; 0 if none."""
-    fits = lambda tokens: sum(memory(config, settings, kind, gpus, load.filled(tokens)).values()) <= room
+    fits = lambda tokens: sum(worst(memory(config, settings, kind, gpus, load.filled(tokens))).values()) <= room
     low, high = 0, most + 1  # low fits or is 0, high does not or is out of the question
     while high - low > 1:
         middle = (low + high) // 2
@@ -268,7 +273,8 @@ def plan(settings: Settings) -> dict:
     ]
     longest = Load.of([max(trees, key=len)])
     fullest = max(loads + [longest] * (total_steps != len(steps)), key=lambda load: load.tokens)
-    items = memory(config, settings, kind, gpus, fullest)
+    moments = memory(config, settings, kind, gpus, fullest)
+    items = worst(moments)
     if kind == "cpu":  # pages of the weights' files stay resident once they were read
         items["checkpoint, mapped"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     step_tokens = sum(sum(map(len, step)) for step in steps) / len(steps)
@@ -285,7 +291,7 @@ def plan(settings: Settings) -> dict:
              "--reference cached": online, "--offload": getattr(settings, "offload", None) is False}  # fmt: skip
     return {
         "machine": name, "kind": kind, "gpus": gpus, "room": room, "parameters": parameter_counts(config)[0], "pairs": source,
-        "items": items, "total": sum(items.values()), "load": fullest, "microbatches": max(map(len, shares)),
+        "moments": moments, "items": items, "total": sum(items.values()), "load": fullest, "microbatches": max(map(len, shares)),
         "largest": largest if largest >= longest.tokens else 0, "most": most,
         "step_tokens": step_tokens, "step_pairs": len(steps[0]), "flops": flops, "peak": peak, "seconds": seconds,
         "steps": total_steps, "helps": [what for what, applies in helps.items() if applies],
@@ -297,14 +303,16 @@ def print_plan(settings: Settings) -> None:
     each = "process" if p["kind"] == "cpu" else "GPU"
     print(f"{settings.model}: {p['parameters']:,} parameters; {settings.objective}, {settings.dtype}")
     print(f"{p['gpus']} × {p['machine']} of {p['room'] / GIB:.0f} GiB; pairs: {p['pairs']}\n")
-    print(f"GiB per {each}, at the worst moment of a step")
-    for name, size in p["items"].items():
-        print(f"  {name:22}{size / GIB:9.2f}")
+    row = lambda name, sizes: print(f"  {name:22}" + "".join(f"{size / GIB:11.2f}" for size in sizes))
+    print(f"GiB per {each:15}" + " ".join(f"{moment:>11}" for moment in p["moments"]).rstrip())
+    for name in p["items"]:
+        row(name, [items[name] for items in p["moments"].values()])
+    row("total", [sum(items.values()) for items in p["moments"].values()])
     verdict = "fits" if p["total"] <= p["room"] else "does NOT fit"
-    print(f"  {'total':22}{p['total'] / GIB:9.2f}   {verdict} in {p['room'] / GIB:.2f}")
+    print(f"  {'the worst moment':22}{p['total'] / GIB:11.2f}   {verdict} in {p['room'] / GIB:.2f}")
     if getattr(settings, "offload", False) and p["kind"] == "cuda":
         host = 16 * p["parameters"] * settings.replicate / p["gpus"]
-        print(f"  {'on the host':22}{host / GIB:9.2f}   parameters, gradients, optimizer")
+        print(f"  {'on the host':22}{host / GIB:11.2f}   parameters, gradients, optimizer")
     print(
         f"\nstep          {p['step_pairs']} pairs, {p['step_tokens']:,.0f} tokens; micro-batches of each {each}: {p['microbatches']}, "
         f"the fullest of {p['load'].tokens:,.0f} tokens (--microbatch-tokens {settings.microbatch_tokens})"
