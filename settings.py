@@ -150,6 +150,19 @@ class Settings:
     eval_every: int = option(0, "also evaluate every so many steps; 0 for only before and after")
     tensorboard: bool = option(False, "write the metrics for TensorBoard too, into OUT/tensorboard (package: tensorboard)")
     wandb: bool = option(False, "write the metrics to Weights & Biases too (package: wandb)")
+    # planning
+    plan: bool = option(
+        False, "say what these settings would take, memory and time, and stop; of the model only config.json is read"
+    )
+    gpus: int | None = option(None, "plan: GPUs, or with --device cpu processes; those that are here if absent, else 1")
+    gpu_memory: float | None = option(None, "plan: GiB of each; those of the GPU that is here if absent, else 80")
+    gpu_tflops: float | None = option(
+        None, "plan: dense bf16 TFLOP/s of each at its peak; of the GPU that is here, else 989, an H100's"
+    )
+    mfu: float = option(0.4, "plan: the share of that peak which goes into the mathematics")
+    plan_tokens_per_pair: int | None = option(
+        None, "plan: tokens of a prompt and its two responses; read off the data where it is here"
+    )
 
     def __post_init__(self):
         for name, value in HYPERPARAMETERS.get(self.objective, {}).items():
@@ -169,6 +182,7 @@ SECTIONS = {
     "batch_size": "optimisation",
     "device": "hardware",
     "out": "output",
+    "plan": "planning",
 }
 
 
@@ -257,7 +271,7 @@ def settings_problem(s: Settings) -> str | None:
             return f"{flag(f.name)}: is empty"
     if s.model is None or s.data is None:
         return "--model and --data go together; without both, the toy is trained"
-    if s.device == "cuda" and not torch.cuda.is_available():
+    if s.device == "cuda" and not s.plan and not torch.cuda.is_available():
         return "--device cuda: torch sees no CUDA device here"
     own = HYPERPARAMETERS[s.objective]
     for name in {name: None for names in HYPERPARAMETERS.values() for name in names}:
@@ -265,7 +279,7 @@ def settings_problem(s: Settings) -> str | None:
             users = [objective for objective, names in HYPERPARAMETERS.items() if name in names]
             return f"{flag(name)}: not a setting of {s.objective}, but of {', '.join(users)}"
     positive = "beta batch_size epochs max_steps lr adam_eps max_grad_norm microbatch_tokens max_prompt_length "
-    positive += "replicate log_every keep"
+    positive += "replicate log_every keep gpus gpu_memory gpu_tflops mfu plan_tokens_per_pair"
     for name in positive.split():
         if getattr(s, name) is not None and getattr(s, name) <= 0:
             return f"{flag(name)}: expected a positive number"

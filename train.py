@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 train.py --model DIR --data FILE         a real checkpoint on a node
     python train.py --config recipe.toml --lr 2e-6                       settings from a file; flags win over it
     python train.py --config recipe.toml --dry-run                       what that would train, on what
+    python train.py --config recipe.toml --plan --gpus 8                 what that would take: memory, time
 
 A *step* takes `--batch-size` pairs, whatever the hardware. They are spread over processes and micro-batches by their
 number of tokens, and the step's loss is the sum over its pairs divided by their number, so that one process and eight,
@@ -391,7 +392,8 @@ RESUME_ME = 75  # exit status: stopped when told to, not done (EX_TEMPFAIL of sy
 
 # what may change when a run goes on: results stay the same up to rounding; data is compared by its tokens
 FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing compile replicate gather_once offload out
-                 overwrite log_every eval_every save_every keep resume dry_run tensorboard wandb""".split())  # fmt: skip
+                 overwrite log_every eval_every save_every keep resume dry_run tensorboard wandb plan gpus gpu_memory gpu_tflops
+                 mfu plan_tokens_per_pair""".split())  # fmt: skip
 
 
 def identity(settings: Settings, trees: list[Tree], held_out: list[Tree]) -> dict:
@@ -692,6 +694,10 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
 def main() -> None:
     settings = read_settings(description=__doc__)
     with one_line_errors("train.py", settings):
+        if settings.plan:
+            from plan import print_plan  # which builds on this file
+
+            return print_plan(settings)
         device, mesh = start_processes(settings)
         if settings.dry_run:
             dry_run(settings)
