@@ -124,7 +124,7 @@ class Settings:
     gather_once: bool = option(
         False,
         "gather weights and reduce gradients once a step, not once a micro-batch: for slow links between processes; costs "
-        "6 bytes a parameter on every process (10 in fp32)",
+        "6 bytes a parameter on every process (8 in fp32)",
     )
     offload: bool = option(
         False, "keep weights, gradients and AdamW's moments on the host, 16 bytes a parameter less per GPU, and step there"

@@ -505,3 +505,34 @@ def test_not_a_number_stops_before_the_optimizer(monkeypatch, capsys, tmp_path):
     error = fails(monkeypatch, capsys, tmp_path / "run", status=1, model=checkpoint, batch_size=2)
     assert "step 1: loss nan" in error and error.count("heldout.jsonl:") == 2
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_metrics_go_to_wandb_too(monkeypatch, capsys, tmp_path):
+    """With a stand-in for the package: every row, under the run's own id, which stays the same when it goes on."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("""
+import contextlib
+rows, opened = [], []
+class Run:
+    def log(self, row, step): rows.append((step, row))
+def init(**settings):
+    opened.append(settings)
+    return contextlib.nullcontext(Run())
+""")
+    assert "package wandb is not installed" in fails(monkeypatch, capsys, tmp_path / "run", 2, wandb=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = run(monkeypatch, tmp_path / "run", wandb=True, **few_pairs(tmp_path))
+    wandb = sys.modules.pop("wandb")
+    assert wandb.rows == [(row["step"], row) for row in rows] and len(rows) == 5
+    [opened] = wandb.opened
+    assert opened["resume"] == "allow" and opened["config"]["lr"] == 1e-3
+
+
+def test_metrics_go_to_tensorboard_too(monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = run(monkeypatch, tmp_path / "run", tensorboard=True)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx(losses(rows))
