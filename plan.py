@@ -277,8 +277,8 @@ def plan(settings: Settings) -> dict:
     items = worst(moments)
     if kind == "cpu":  # pages of the weights' files stay resident once they were read
         items["checkpoint, mapped"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    step_tokens = sum(sum(map(len, step)) for step in steps) / len(steps)
-    most = max(math.ceil(step_tokens / gpus), longest.tokens)
+    sizes = [sum(map(len, step)) for step in steps]
+    step_tokens, most = sum(sizes) / len(sizes), max(math.ceil(max(sizes) / gpus), longest.tokens)
     room_left = room - items.get("checkpoint, mapped", 0)
     largest = largest_microbatch(config, settings, kind, gpus, fullest, most, room_left)
 
