@@ -3,16 +3,16 @@
     python train.py --plan --gpus 8 --gpu-memory 80 --model DIR_WITH_CONFIG_JSON --data FILE [all other flags]
 
 Weights are neither needed nor read: the shape is that of config.json; lengths are those of the data where data and
-tokenizer are here, else assumed. Written as P parameters of which R in the root (embedding, last norm, head) and B in each
-of L blocks, `shards` GPUs that share one copy, c bytes of what is computed with, m = max(c, 4) bytes of master weights:
+tokenizer are here, else assumed. For P parameters, `shards` GPUs that share one copy, c bytes of what is computed with and
+m = max(c, 4) of master weights:
 
-    parameters   m · P / shards       master weights                                    all the time; on the host with --offload
-    gradients    m · P / shards       reduced                                           likewise
-    optimizer    2 m · P / shards     AdamW's two moments                               likewise
-    reference    c · P / shards       frozen, online                                    all the time
+    parameters   m · P / shards       master weights; these three on the host with --offload
+    gradients    m · P / shards       reduced
+    optimizer    2 m · P / shards     AdamW's two moments
+    reference    c · P / shards       frozen, online
     the rest     what a step has for a while, in three moments of backward; the worst one counts
 
-Time is train.py's `train_flops` over the peak of all GPUs times `--mfu`; communication and recomputation hide in that share.
+Time is train.py's `train_flops` over the peak of all GPUs times `--mfu`: communication and recomputation are in that share.
 """
 
 import itertools
@@ -33,14 +33,14 @@ from train import PEAK_FLOPS, at_hand, train_flops
 
 GIB = 2**30
 SAMPLE, STEPS = 2000, 20  # pairs that are tokenized for their lengths, steps that are laid out in micro-batches
-# Where no pairs are at hand: UltraFeedback's median of a prompt and one response together, and prompt : response; README of
-# github.com/frankxwang/dpo-prefix-sharing
+# Where no pairs are at hand: UltraFeedback's median of a prompt and one response together, and prompt : response;
+# README of github.com/frankxwang/dpo-prefix-sharing
 PATH_TOKENS, PROMPT_TO_RESPONSE = 409, 0.42
 
-# What is neither a tensor nor ours. CUDA: its context and NCCL's buffers (assumed, not measured), and the share of tensors'
-# bytes that the caching allocator holds without using it. CPU: what Python, torch and a tokenizer have resident before the
-# first tensor (0.28 to 0.34 GiB measured, torch 2.13 on Linux), and what else glibc keeps
-# of what is freed (bench/plan_check.py).
+# What is neither a tensor nor ours. CUDA: its context and NCCL's buffers, and the share of tensors' bytes that the
+# caching allocator holds without using it; both assumed, not measured. CPU: what Python, torch and a tokenizer have
+# resident before the first tensor (0.28 to 0.34 GiB, torch 2.13 on Linux), and what else glibc keeps of what is freed
+# (bench/plan_check.py).
 RUNTIME = {"cuda": 1.5 * GIB, "cpu": 0.31 * GIB}
 SLACK = {"cuda": 0.05, "cpu": 0.03}
 
@@ -77,8 +77,8 @@ def parameter_counts(config: Config) -> tuple[int, int]:
 
 
 def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU, moment by moment of a backward pass, item by item. kind: "cuda", or "cpu": of the process, which
-    has but one moment."""
+    """Bytes on one GPU, moment by moment of a backward pass, item by item. kind: "cuda", or "cpu": of the process,
+    which has but one moment."""
     c = {"bf16": 2, "fp32": 4, "fp64": 8}[settings.dtype]
     m = max(c, 4)
     shards = gpus // settings.replicate
@@ -96,12 +96,12 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
         "reference": c * whole / shards if online else 0,
     }
 
-    # FSDP gathers a block into a flat buffer and copies it out, and in backward it fetches the next one ahead; a block's
-    # reduced gradient waits in its float32 buffer until the next block's is reduced. One process alone needs no buffers.
+    # FSDP gathers a block into a flat buffer and copies it out, and in backward it fetches the next one ahead; the
+    # buffer of a block's reduced gradient waits until the next block's is reduced. One process gathers without buffers.
     gathered = c * (whole if gather_once else root)
     fetched = 0 if gather_once else c * block * (1 if shards == 1 else 2)
-    if kind == "cpu":  # what is kept lands in the holes that glibc finds where a block's weights were, and the next block's
-        # need new room: in the end the heap has grown as if all blocks' had stayed, and so with the reference's
+    if kind == "cpu":  # what is kept lands in the holes that glibc finds where a block's weights were, and the next
+        # block's need new room: measured, the heap grows as if all blocks' had stayed, and so with the reference's
         fetched = c * (whole - root) * ((not gather_once) + online)
     unsharded = m * whole * (1 - 1 / shards) if gather_once else 0  # beyond the share that is counted as gradients
     reduced = m * block * (1 + 1 / shards)
@@ -131,7 +131,7 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
         },
     }
     names = "gathered weights", "unsharded gradients", "activations", "log-prob chunk"
-    if kind == "cpu":  # glibc keeps much of what is freed, in pieces of the wrong size: each item counts at its own worst
+    if kind == "cpu":  # glibc keeps much of what is freed, in pieces of the wrong size: each item at its own worst
         moments = {"": {name: max(moment.get(name, 0) for moment in moments.values()) for name in names}}
     for moment, items in moments.items():
         items = stays | {name: items.get(name, 0) for name in names}
@@ -159,7 +159,7 @@ def activations(config: Config, load: Load, c: int, kind: str) -> tuple[dict[str
     ]
     everything = load.tokens * sum(features * size for features, size in per_token) + load.keys * 2 * kv * c
     backward = load.tokens * (2 * i + 2 * d) * c  # gradients of silu(gate) and up beside the product's; of the stream
-    head = load.tokens * d * (w + 2 * c) + load.predicted * 2 * d * c  # the last norm; its output where predicted, gradient
+    head = load.tokens * d * (w + 2 * c) + load.predicted * 2 * d * c  # the last norm; what it predicts from, gradient
     return {"all": everything, "recomputed": load.tokens * d * c}, backward, head
 
 
@@ -249,7 +249,7 @@ def duration(seconds: float) -> str:
 
 
 def plan(settings: Settings) -> dict:
-    """All that is printed, as numbers (bytes, tokens, seconds). Raises DataError and CheckpointError, as training would."""
+    """All that is printed, as numbers (bytes, tokens, seconds). Raises DataError and CheckpointError as training does."""
     kind, gpus, room, peak, name = machine(settings)
     if gpus % settings.replicate:
         raise DataError(f"--replicate {settings.replicate} does not divide --gpus {gpus}")
@@ -259,7 +259,7 @@ def plan(settings: Settings) -> dict:
     config = Config.from_folder(folder)
     trees, count, source = pairs(settings, folder)
 
-    # the micro-batches that data.plan makes of the first steps, and the longest pair, which may travel alone in a later one
+    # the micro-batches that data.plan makes of the first steps, and the longest pair, which may travel alone in others
     epochs = data.batches(count or len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
     total_steps = sum(1 for _ in itertools.islice(epochs, settings.max_steps)) if count else settings.max_steps
     order = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
@@ -277,8 +277,8 @@ def plan(settings: Settings) -> dict:
     items = worst(moments)
     if kind == "cpu":  # pages of the weights' files stay resident once they were read
         items["checkpoint, mapped"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    step_tokens = sum(sum(map(len, step)) for step in steps) / len(steps)
-    most = max(math.ceil(step_tokens / gpus), longest.tokens)
+    sizes = [sum(map(len, step)) for step in steps]
+    step_tokens, most = sum(sizes) / len(sizes), max(math.ceil(max(sizes) / gpus), longest.tokens)
     room_left = room - items.get("checkpoint, mapped", 0)
     largest = largest_microbatch(config, settings, kind, gpus, fullest, most, room_left)
 
@@ -290,9 +290,9 @@ def plan(settings: Settings) -> dict:
     helps = {"more GPUs": True, "--activation-checkpointing": not settings.activation_checkpointing,
              "--reference cached": online, "--offload": getattr(settings, "offload", None) is False}  # fmt: skip
     return {
-        "machine": name, "kind": kind, "gpus": gpus, "room": room, "parameters": parameter_counts(config)[0], "pairs": source,
-        "moments": moments, "items": items, "total": sum(items.values()), "load": fullest, "microbatches": max(map(len, shares)),
-        "largest": largest if largest >= longest.tokens else 0, "most": most,
+        "machine": name, "kind": kind, "gpus": gpus, "room": room, "parameters": parameter_counts(config)[0],
+        "pairs": source, "moments": moments, "items": items, "total": sum(items.values()),
+        "load": fullest, "microbatches": max(map(len, shares)), "largest": largest if largest >= longest.tokens else 0, "most": most,
         "step_tokens": step_tokens, "step_pairs": len(steps[0]), "flops": flops, "peak": peak, "seconds": seconds,
         "steps": total_steps, "helps": [what for what, applies in helps.items() if applies],
     }  # fmt: skip
@@ -314,8 +314,8 @@ def print_plan(settings: Settings) -> None:
         host = 16 * p["parameters"] * settings.replicate / p["gpus"]
         print(f"  {'on the host':22}{host / GIB:11.2f}   parameters, gradients, optimizer")
     print(
-        f"\nstep          {p['step_pairs']} pairs, {p['step_tokens']:,.0f} tokens; micro-batches of each {each}: {p['microbatches']}, "
-        f"the fullest of {p['load'].tokens:,.0f} tokens (--microbatch-tokens {settings.microbatch_tokens})"
+        f"\nstep          {p['step_pairs']} pairs, {p['step_tokens']:,.0f} tokens; "
+        f"micro-batches of each {each}: {p['microbatches']}, the fullest of {p['load'].tokens:,.0f} tokens (--microbatch-tokens {settings.microbatch_tokens})"
     )
     if p["largest"]:
         largest = f"{p['largest']:,}" + (": a whole step at once" if p["largest"] == p["most"] else "")

@@ -36,7 +36,7 @@ GRID = [
 
 
 def write_inputs(folder: Path, shape: dict) -> list[str]:
-    """A random model of that shape with the toy's tokenizer, and pairs of some 400 tokens; returns the flags of a run."""
+    """A random model of that shape with the toy's tokenizer, and pairs of some 200 tokens; returns the flags of a run."""
     for pattern in COMPANIONS:
         for path in (ROOT / "toy" / "checkpoint").glob(pattern):
             (folder / path.name).write_bytes(path.read_bytes())
@@ -68,7 +68,8 @@ def foreseen_and_taken(flags: list[str]) -> tuple[float, float]:
 def main() -> None:
     extra = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
-        inputs = extra if any(flag.startswith("--model") for flag in extra) else write_inputs(Path(folder), SHAPE) + extra
+        given = any(flag.startswith("--model") for flag in extra)
+        inputs = extra if given else write_inputs(Path(folder), SHAPE) + extra
         print("foreseen  taken GiB  foreseen / taken")
         for line in GRID:
             flags = " ".join(line).split()

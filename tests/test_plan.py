@@ -59,7 +59,8 @@ def test_8b(tmp_path):
     """8,030,261,248 parameters: 16 bytes each are 119.66 GiB, too much for one GPU of 80 and easy for eight."""
     alone = planned(tmp_path, LLAMA3_8B, "--gpus=1", "--gpu-memory=80")
     assert alone["parameters"] == 8_030_261_248
-    assert [round(alone["items"][name] / GIB, 2) for name in ("parameters", "gradients", "optimizer")] == [29.92, 29.92, 59.83]
+    stays = "parameters", "gradients", "optimizer"
+    assert [round(alone["items"][name] / GIB, 2) for name in stays] == [29.92, 29.92, 59.83]
     assert alone["total"] > 119.66 * GIB and alone["largest"] == 0
     eight = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--gpu-memory=80", "--objective=dpo")
     assert round(eight["items"]["optimizer"] / GIB, 2) == 7.48 and round(eight["items"]["reference"] / GIB, 2) == 1.87
@@ -82,7 +83,8 @@ def test_70b_on_64_gpus(tmp_path):
     assert [items[name] / share for name in ("parameters", "gradients", "optimizer", "reference")] == [4, 4, 8, 0]
     assert items["gathered weights"] == 2 * root + 2 * 2 * block
     assert items["unsharded gradients"] == 2 * head + 2 * block + 4 * block * (1 + 1 / 64)
-    assert items is p["moments"]["blocks"] and p["moments"]["log-probs"]["log-prob chunk"] == 12 * (2**25 // 128256) * 128256
+    assert items is p["moments"]["blocks"]
+    assert p["moments"]["log-probs"]["log-prob chunk"] == 12 * (2**25 // 128256) * 128256
     assert p["load"].tokens == 4000 and p["microbatches"] == 2
     # 80 inputs of blocks, 16 KiB a token; one block's 16 D + 4 A + 8 I bytes, its keys and values, gradients: 0.5 MiB
     assert 80 * 16384 * 4000 < items["activations"] < (80 * 16384 + 700_000) * 4000
@@ -119,7 +121,8 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     """A recipe whose model and data are on the hub can be planned from a config.json; nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B))
-    run(monkeypatch, "--config", ROOT / "recipes" / "llama3-base-simpo.toml", "--model", tmp_path, "--gpus=8", "--mfu=0.5")
+    recipe = ROOT / "recipes" / "llama3-base-simpo.toml"
+    run(monkeypatch, "--config", recipe, "--model", tmp_path, "--gpus=8", "--mfu=0.5")
     printed = capsys.readouterr().out
     assert "8,030,261,248 parameters; simpo, bf16" in printed and "assumed" in printed and "fits in" in printed
     assert "a step at 50% of 8 ×" in printed
@@ -151,6 +154,7 @@ def test_errors(monkeypatch, capsys, flags, status, line):
 )
 def test_memory_is_as_measured(tmp_path, flags):
     """Two steps of a model with 31 million parameters, within 15 %."""
-    shape = plan_check.SHAPE | {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 3}
+    shape = plan_check.SHAPE | {"hidden_size": 384, "intermediate_size": 1024}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 3}
     foreseen, taken = plan_check.foreseen_and_taken([*plan_check.write_inputs(tmp_path, shape), *flags])
     assert foreseen == pytest.approx(taken, rel=0.15)
