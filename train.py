@@ -18,6 +18,7 @@ does after SIGTERM and SIGUSR1 (Slurm's warnings), which save at the end of the 
 """
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -74,12 +75,27 @@ def start_processes(settings: Settings) -> tuple[torch.device, DeviceMesh]:
         torch.cuda.set_device(device)
     else:  # oneDNN keeps buffers for every shape it has seen, and no two of our streams have the same length
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+        keep_freed_memory()
     store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a torchrun that starts its workers again shows them the old addresses
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backends = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"  # offloaded gradients are normed on the host
     dist.init_process_group(backends if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return device, make_mesh(settings, kind)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free: else it hands big blocks back to Linux, which zeroes them anew at every use."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc here
+        for option, size in ((-3, 2**30), (-1, 2**29)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
+            ctypes.CDLL(None).mallopt(option, size)
+
+
+def trim_freed_memory(device: torch.device) -> None:
+    """Hand back to Linux, once, what lies freed between the activations that stay; a GPU has its own way."""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def make_mesh(settings: Settings, kind: str) -> DeviceMesh:
@@ -327,6 +343,7 @@ def run_pairs(
             losses, report = pair_losses(settings, logps, lengths, ref_logps, z_ref)
             loss = weight * (losses.sum() / len(batch) - sft_weight * logps[:, 0].sum() / chosen_tokens)
         if backward:
+            trim_freed_memory(logps.device)
             (loss * world).backward()  # FSDP averages over processes; ours is a sum
         means = {name: weight * value.double().sum() / len(batch) for name, value in report.items()}
         for name, value in {"loss": loss.detach().double(), **means}.items():
