@@ -330,7 +330,8 @@ class PackedAttention:
         self.key_index, self.window = key_index, window
         self.q_lengths, self.k_lengths = np.diff(cu_q).tolist(), np.diff(cu_k).tolist()
         if key_index.is_cuda:
-            self.cu_q, self.cu_k = (torch.as_tensor(cu, device=key_index.device) for cu in (cu_q, cu_k))
+            there = lambda cu: torch.as_tensor(cu).pin_memory().to(key_index.device, non_blocking=True)  # no waiting
+            self.cu_q, self.cu_k = there(cu_q), there(cu_k)
         self.masks: dict[int, Tensor | None] = {}  # by segment; the same for all layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -559,7 +560,11 @@ def save(model: Llama, source: Path, out: Path, dtype: torch.dtype, write: bool 
         tensors = dict(whole_tensors({name: parameters[name] for name in group}, dtype, keep=write))
         weight_map |= dict.fromkeys(group, file)
         if write:
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, temporary / file, metadata={"format": "pt"})
+            except SafetensorError as e:  # a full disk, say
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise OSError(f"{out / file}: cannot be written: {e}") from None
     if write:
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

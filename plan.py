@@ -85,15 +85,14 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
     whole, block = parameter_counts(config)
     root = whole - config.num_hidden_layers * block
     matrix = config.vocab_size * config.hidden_size  # the head's, or the embedding's
-    offload = getattr(settings, "offload", False) and kind == "cuda"
-    gather_once = getattr(settings, "gather_once", False)
+    offload, gather_once = settings.offload and kind == "cuda", settings.gather_once
     online = settings.objective in NEEDS_REFERENCE and settings.reference == "online"
 
     stays = {
         "parameters": 0 if offload else m * whole / shards,
         "gradients": 0 if offload else m * whole / shards,
         "optimizer": 0 if offload else 2 * m * whole / shards,
-        "reference": c * whole / shards if online else 0,
+        "reference": c * whole / shards if online and not offload else 0,
     }
 
     # FSDP gathers a block into a flat buffer and copies it out, and in backward it fetches the next one ahead; the
@@ -265,7 +264,7 @@ def plan(settings: Settings) -> dict:
     order = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
     steps = [[trees[n] for n in step] for step in itertools.islice(order, min(settings.max_steps or STEPS, STEPS))]
     steps = [step for step in steps if len(step) == len(steps[0])]  # an epoch's last one may be short
-    shares = [data.plan([len(tree) for tree in step], gpus, settings.microbatch_tokens) for step in steps]
+    shares = [data.plan([len(t) for t in step], gpus, settings.microbatch_tokens, [train_flops(config, [t]) for t in step]) for step in steps]
     loads = [
         Load.of([step[i] for i in numbers])
         for step, rounds in zip(steps, shares)
@@ -288,7 +287,7 @@ def plan(settings: Settings) -> dict:
     flops = sum(train_flops(config, step) for step in steps) / len(steps) * passes / 3
     seconds = flops / (gpus * peak * settings.mfu) if peak else None
     helps = {"more GPUs": True, "--activation-checkpointing": not settings.activation_checkpointing,
-             "--reference cached": online, "--offload": getattr(settings, "offload", None) is False}  # fmt: skip
+             "--reference cached": online, "--offload": not settings.offload}  # fmt: skip
     return {
         "machine": name, "kind": kind, "gpus": gpus, "room": room, "parameters": parameter_counts(config)[0],
         "pairs": source, "moments": moments, "items": items, "total": sum(items.values()),
@@ -310,7 +309,7 @@ def print_plan(settings: Settings) -> None:
     row("total", [sum(items.values()) for items in p["moments"].values()])
     verdict = "fits" if p["total"] <= p["room"] else "does NOT fit"
     print(f"  {'the worst moment':22}{p['total'] / GIB:11.2f}   {verdict} in {p['room'] / GIB:.2f}")
-    if getattr(settings, "offload", False) and p["kind"] == "cuda":
+    if settings.offload and p["kind"] == "cuda":
         host = 16 * p["parameters"] * settings.replicate / p["gpus"]
         print(f"  {'on the host':22}{host / GIB:11.2f}   parameters, gradients, optimizer")
     print(

@@ -77,7 +77,7 @@ def _answer(pipe) -> tuple[int, str]:
     head = pipe.read(1 + LENGTH)
     size = int.from_bytes(head[1:])
     text = pipe.read(size) if len(head) == 1 + LENGTH else b""
-    if not head or len(text) < size:
+    if len(head) < 1 + LENGTH or len(text) < size:
         raise EOFError
     return head[0], text.decode()
 

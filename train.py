@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import typing
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -413,8 +414,9 @@ FREE = frozenset("""chat_template device microbatch_tokens activation_checkpoint
                  mfu plan_tokens_per_pair""".split())  # fmt: skip
 
 
-def identity(settings: Settings, trees: list[Tree], held_out: list[Tree]) -> dict:
-    """What must be the same for a run to go on: the settings that the mathematics depends on, and the tokens."""
+def identity(settings: Settings, source: Path, trees: list[Tree], held_out: list[Tree]) -> dict:
+    """What must be the same for a run to go on: the settings that the mathematics depends on, the checkpoint that it began
+    from (of a hub id, the very commit), and the tokens."""
 
     def digest(trees: list[Tree]) -> str:
         bits = hashlib.sha256()
@@ -424,7 +426,7 @@ def identity(settings: Settings, trees: list[Tree], held_out: list[Tree]) -> dic
         return f"{len(trees)} with sha256 {bits.hexdigest()[:16]}"
 
     same = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    return same | {"data": digest(trees), "eval_data": digest(held_out)}
+    return same | {"model": str(source.resolve()), "data": digest(trees), "eval_data": digest(held_out)}
 
 
 def training_state(policy: Llama, optimizer: torch.optim.AdamW, tables: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -443,6 +445,14 @@ def training_state(policy: Llama, optimizer: torch.optim.AdamW, tables: dict[str
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     return sorted((p for p in out.glob("checkpoints/step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What DCP has wrapped, if it has; Ctrl-C goes on as what it is."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause
+    return cause
 
 
 def save_checkpoint(out: Path, state: dict[str, Tensor], record: dict, keep: int) -> Path:
@@ -476,7 +486,7 @@ def save_checkpoint(out: Path, state: dict[str, Tensor], record: dict, keep: int
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(temporary, files, save_distributed=True))
         on_rank_0(finish)
     except (CheckpointException, OSError) as e:
-        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        cause = cause_of(e)
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         older = checkpoints(out)
@@ -484,22 +494,27 @@ def save_checkpoint(out: Path, state: dict[str, Tensor], record: dict, keep: int
     return path
 
 
-def find_checkpoint(settings: Settings, out: Path, same: dict) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from and its record, or None and that of a run that begins.
+def find_checkpoint(settings: Settings, out: Path, same: dict) -> tuple[Path | None, dict, str]:
+    """The checkpoint to go on from, its record and its metrics.jsonl; None and those of a run that begins.
 
     Raises CheckpointError unless it is one of the same run."""
-    path = {"auto": next(reversed(checkpoints(out)), None), "never": None}.get(settings.resume, Path(settings.resume))
+    newest = None if (out / "model").exists() else next(reversed(checkpoints(out)), None)
+    path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
     if path is None:
-        return None, {"step": 0}
+        return None, {"step": 0, "run": uuid.uuid4().hex}, ""
     record = llama.read_json(path / "state.json")
     theirs = record.get("identity")
-    if not isinstance(record.get("step"), int) or not isinstance(theirs, dict):
+    whole = isinstance(record.get("step"), int) and isinstance(record.get("before"), dict) and isinstance(theirs, dict)
+    if not whole or "run" not in record:
         raise CheckpointError(f"{path / 'state.json'}: not the state of a run")
     differ = [f"{key.replace('_', '-')} {theirs.get(key)!r} (now {same.get(key)!r})"
               for key in sorted(theirs | same) if theirs.get(key) != same.get(key)]  # fmt: skip
     if differ:
         raise CheckpointError(f"{path} is of another run: {', '.join(differ)}; pass these, another --out, or --resume never")
-    return path, record
+    try:
+        return path, record, (path / "metrics.jsonl").read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path / 'metrics.jsonl'}: cannot be read: {e}") from None
 
 
 def load_checkpoint(path: Path, state: dict[str, Tensor], optimizer: torch.optim.AdamW, step: int) -> None:
@@ -508,7 +523,7 @@ def load_checkpoint(path: Path, state: dict[str, Tensor], optimizer: torch.optim
     try:
         dcp.load(state, storage_reader=HuggingFaceStorageReader(path))
     except CheckpointException as e:
-        raise CheckpointError(f"{path}: cannot be read: {next(iter(e.failures.values()))[0]}") from None
+        raise CheckpointError(f"{path}: cannot be read: {cause_of(e)}") from None
     finally:
         logging.disable(logging.NOTSET)
     for moments in optimizer.state.values():
@@ -535,8 +550,10 @@ def prepare_out(settings: Settings, files: contextlib.ExitStack) -> typing.TextI
     Returns OUT/metrics.jsonl, open; nobody else can have it until this process ends, however it ends."""
     runs = Path("runs")
     if settings.out is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has started us again
-        ours = (path.parent for path in runs.glob("*/config.json") if llama.read_json(path).get("launcher") == launcher())
-        settings.out = next(map(str, ours), None)
+        for path in runs.glob("*/config.json"):
+            with contextlib.suppress(CheckpointError):  # half written, by whomever
+                if llama.read_json(path).get("launcher") == launcher() and not (path.parent / "model").exists():
+                    settings.out = str(path.parent)
     if settings.out is None:
         runs.mkdir(exist_ok=True)
         for path in (runs / f"{settings.objective}-{n}" for n in itertools.count(1)):
@@ -555,32 +572,42 @@ def prepare_out(settings: Settings, files: contextlib.ExitStack) -> typing.TextI
         raise FileExistsError(f"{out}: another run is writing there") from None
     if (out / "model").exists() and not settings.overwrite:
         raise FileExistsError(f"{out} holds a finished run: pass --overwrite to replace it, or another --out")
-    if settings.resume == "never" and checkpoints(out) and not settings.overwrite:
+    goes_on_here = settings.resume == "auto" or Path(settings.resume).resolve().parent == (out / "checkpoints").resolve()
+    if not goes_on_here and checkpoints(out) and not settings.overwrite:
         raise FileExistsError(f"{out} holds checkpoints of a run: pass --overwrite to replace them, or another --out")
-    if (out / "model").exists() or settings.resume == "never":
-        for folder in ("model", "checkpoints"):
-            shutil.rmtree(out / folder, ignore_errors=True)
     return metrics
+
+
+def begin_out(out: Path, metrics: typing.TextIO, first: int, rows: str, record: dict) -> None:
+    """Take away what a run that has done `first` steps will do anew, on rank 0."""
+    shutil.rmtree(out / "model", ignore_errors=True)
+    for path in checkpoints(out):
+        if not 0 < int(path.name[5:]) <= first:
+            shutil.rmtree(path)
+    metrics.truncate(0)
+    metrics.write(rows)
+    metrics.flush()  # the next checkpoint copies what is on disk
+    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def launcher() -> str:
     """Whoever started this process: the same for all that one torchrun starts, and starts again."""
-    return f"{platform.node()}:{PARENT}"
+    return f"{platform.node()}:{PARENT}:{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
-def open_writers(settings: Settings, out: Path, first: int, files: contextlib.ExitStack) -> list[Callable[[dict], None]]:
-    """What else takes every row of metrics. A run that goes on overwrites what was written after step `first`."""
+def open_writers(settings: Settings, out: Path, state: dict, files: contextlib.ExitStack) -> list[Callable[[dict], None]]:
+    """What else takes every row of metrics, of a run that goes on from `state`."""
     writers = []
     if settings.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = files.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=first + 1))
+        board = files.enter_context(SummaryWriter(str(out / "tensorboard"), purge_step=state["step"] + 1))
         writers.append(lambda row: [board.add_scalar(name, value, row["step"]) for name, value in row.items()])
     if settings.wandb:
         import wandb
 
-        name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]  # the same when the run goes on
-        online = files.enter_context(wandb.init(project="simpo", name=out.name, id=name, dir=out, config=asdict(settings), resume="allow"))
+        whose = {"project": "simpo", "name": out.name, "id": state["run"], "resume": "allow"}  # the same when it goes on
+        online = files.enter_context(wandb.init(**whose, dir=out, config=asdict(settings)))
         writers.append(lambda row: online.log(row, step=row["step"]))
     return writers
 
@@ -750,28 +777,9 @@ def run(settings: Settings, device: torch.device, mesh: DeviceMesh, files: conte
     metrics_file = agree(lambda: prepare_out(settings, files) if dist.get_rank() == 0 else None)
     settings.out = on_rank_0(lambda: settings.out)
     out = Path(settings.out)
-    same = identity(settings, trees, held_out)
-    resumed, state = on_rank_0(lambda: find_checkpoint(settings, out, same))
+    same = identity(settings, source, trees, held_out)
+    resumed, state, rows = on_rank_0(lambda: find_checkpoint(settings, out, same))
     first = state["step"]
-    if metrics_file:
-        metrics_file.truncate(0)
-        metrics_file.write((resumed / "metrics.jsonl").read_text(encoding="utf-8") if resumed else "")
-        record = {
-            "settings": asdict(settings) | {"gamma": settings.gamma},
-            "source": str(source),
-            "resumed": str(resumed) if resumed else None,
-            "architecture": asdict(config),
-            "parameters": parameters,
-            "data": counts,
-            "eval_data": eval_counts,
-            "steps": len(steps),
-            "processes": dist.get_world_size(),
-            "launcher": launcher(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},
-        }
-        (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
     reference = held_out_reference = None
     tables: dict[str, Tensor] = {}  # of a cached reference
@@ -800,8 +808,23 @@ def run(settings: Settings, device: torch.device, mesh: DeviceMesh, files: conte
     if resumed:
         load_checkpoint(resumed, training_state(policy, optimizer, tables), optimizer, first)
         say(f"resumed from {resumed}")
-
-    writers = open_writers(settings, out, first, files) if metrics_file else []
+    record = {
+        "settings": asdict(settings) | {"gamma": settings.gamma},
+        "source": str(source),
+        "resumed": str(resumed) if resumed else None,
+        "architecture": asdict(config),
+        "parameters": parameters,
+        "data": counts,
+        "eval_data": eval_counts,
+        "steps": len(steps),
+        "processes": dist.get_world_size(),
+        "launcher": launcher(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},
+    }
+    on_rank_0(lambda: begin_out(out, metrics_file, first, rows, record))
+    writers = open_writers(settings, out, state, files) if metrics_file else []
 
     def log(row: dict) -> None:
         if metrics_file:
@@ -861,12 +884,12 @@ def run(settings: Settings, device: torch.device, mesh: DeviceMesh, files: conte
         elif (step + 1) % settings.log_every == 0:
             rates = f"lr {row['learning_rate']:.2e}  {row['pairs_per_second']:.2f} pairs/s"
             say(f"step {step + 1}/{len(steps)}  {describe(row)}  {rates}")
-        unfinished = step + 1 < len(steps)
-        if settings.eval_every and (step + 1) % settings.eval_every == 0 and unfinished:
+        last = step + 1 == len(steps)
+        if settings.eval_every and (step + 1) % settings.eval_every == 0 and not last:
             evaluate(step + 1)
         stop = any_process(told(), device)
-        if stop or settings.save_every and (step + 1) % settings.save_every == 0 and unfinished:
-            state = {"step": step + 1, "before": before, "identity": same}
+        if stop or settings.save_every and ((step + 1) % settings.save_every == 0 or last):
+            state |= {"step": step + 1, "before": before, "identity": same}
             path = save_checkpoint(out, training_state(policy, optimizer, tables), state, settings.keep)
         if stop:
             say(f"told to stop: {path} is kept; go on with the same flags and --out {out}")

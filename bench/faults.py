@@ -1,9 +1,9 @@
 """Kill real trainings at random moments, let the same command go on, and hold what comes out to the unbroken run, bit by bit.
 
-    python bench/faults.py                        20 runs, on one and two processes in turn; about ten minutes
+    python bench/faults.py                        8 runs, on one and two processes in turn; about ten minutes
     python bench/faults.py --cases 3 --seed 7     fewer, other moments
 
-Each run is hit up to three times before it may finish: SIGKILL to a worker (torchrun starts the workers again, and they
+Each run is hit three times before it may finish: SIGKILL to a worker (torchrun starts the workers again, and they
 resume by themselves), SIGKILL to torchrun (its workers notice, save and leave), or SIGTERM to torchrun (as Slurm does). It
 saves at every step, so that many a blow falls into a save.
 """
@@ -68,7 +68,6 @@ def one_case(out: Path, processes: int, seconds: float, rng: random.Random, seen
         while True:
             run = start(out, processes, log)
             if hits:
-                hits -= 1
                 fault = rng.choice(FAULTS)
                 start_up, step = rng.random() < 0.2, rng.randrange(saved(out) + 1, 20) if saved(out) < 19 else 19
                 while run.poll() is None and not start_up and saved(out) < step:
@@ -78,6 +77,7 @@ def one_case(out: Path, processes: int, seconds: float, rng: random.Random, seen
                     seen["during a save"] += any(out.glob("checkpoints/*.incomplete"))
                     strike(run, fault, rng)
                     seen[fault] += 1
+                    hits -= 1
             run.wait()
             if (out / "model").exists():
                 return
@@ -109,7 +109,7 @@ def campaign(cases: list[int], seed: int, folder: Path) -> Counter:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=20, help="runs that are struck (default: 20)")
+    parser.add_argument("--cases", type=int, default=8, help="runs that are struck (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the faults (default: 0)")
     flags = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

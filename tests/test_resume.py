@@ -27,6 +27,15 @@ import faults  # noqa: E402
 RUN = {"max_steps": 6, "epochs": 3, "save_every": 2, "keep": 9}
 
 
+WAYS = {
+    "simpo": {"objective": "simpo", "reference": "cached"},
+    "dpo": {"objective": "dpo", "reference": "cached"},
+    "dpo, online": {"objective": "dpo", "reference": "online", "replicate": 1, "gather_once": True},
+    "kto": {"objective": "kto", "beta": 0.5},
+    "sft": {"objective": "sft"},
+}
+
+
 def at_step(monkeypatch, step: int, what) -> None:
     """Do `what` at the beginning of a step, once."""
     real, done = train.learning_rate, []
@@ -50,11 +59,11 @@ def tell(name: str):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
-    """Per objective, a whole run with its checkpoints after steps 2 and 4."""
+    """Per objective, a whole run with its checkpoints after steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
-        for objective in ("simpo", "dpo"):
-            run(patch, folder / objective, objective=objective, reference="cached", **few_pairs(folder) | RUN | {"dtype": "fp32"})
+        for name, flags in WAYS.items():
+            run(patch, folder / name, **few_pairs(folder) | RUN | {"dtype": "fp32"} | flags)
     return folder
 
 
@@ -68,16 +77,39 @@ def assert_same(a: Path, b: Path) -> None:
 # Exact
 
 
-@pytest.mark.parametrize("objective", ["simpo", "dpo"])
-def test_interrupted_and_resumed_is_the_unbroken_run(monkeypatch, capsys, tmp_path, unbroken, objective):
-    flags = few_pairs(tmp_path) | RUN | {"objective": objective, "reference": "cached", "dtype": "fp32"}
+@pytest.mark.parametrize("way", WAYS)
+def test_interrupted_and_resumed_is_the_unbroken_run(monkeypatch, capsys, tmp_path, unbroken, way):
+    flags = few_pairs(tmp_path) | RUN | {"dtype": "fp32"} | WAYS[way]
     at_step(monkeypatch, 3, interrupt)
     line = fails(monkeypatch, capsys, tmp_path / "run", 130, **flags)
     assert f"{tmp_path}/run/checkpoints/step-000002 is kept" in line and f"--out {tmp_path}/run" in line
     assert len(rows_of(tmp_path / "run")) == 4  # of before, and of steps 1 to 3: the last will be done again
     run(monkeypatch, tmp_path / "run", **flags)
     assert f"resumed from {tmp_path}/run/checkpoints/step-000002" in capsys.readouterr().out
-    assert_same(unbroken / objective, tmp_path / "run")
+    assert_same(unbroken / way, tmp_path / "run")
+
+
+def test_rows_that_are_few_are_not_lost(monkeypatch, tmp_path):
+    """Killed twice, with no row written between: the first rows come from the checkpoint, and must be in the next one."""
+    flags = few_pairs(tmp_path) | RUN | {"save_every": 1, "log_every": 3, "dtype": "fp32"}
+    rows = run(monkeypatch, tmp_path / "unbroken", **flags)
+    for step in (3, 4):
+        at_step(monkeypatch, step, interrupt)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, tmp_path / "run", **flags)
+    run(monkeypatch, tmp_path / "run", **flags)
+    assert len(rows) == 4
+    assert_same(tmp_path / "unbroken", tmp_path / "run")
+
+
+def test_back_to_an_older_checkpoint(monkeypatch, tmp_path, unbroken):
+    """What is done again is taken away first, and nothing else."""
+    out, flags = copy_of(unbroken, tmp_path)
+    run(monkeypatch, out, **flags, resume=out / "checkpoints" / "step-000002")
+    assert_same(unbroken / "simpo", out)
+    assert [path.name for path in train.checkpoints(out)] == ["step-000002", "step-000004", "step-000006"]
+    run(monkeypatch, out, **flags, resume=out / "checkpoints" / "step-000002", overwrite=True)  # and of a finished run
+    assert_same(unbroken / "simpo", out)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -148,7 +180,7 @@ def test_only_the_newest_are_kept_and_what_is_not_whole_is_no_checkpoint(monkeyp
     (tmp_path / "run" / "metrics.jsonl").touch()
     rows = run(monkeypatch, tmp_path / "run", **flags)
     assert sum("loss" in row for row in rows) == 6
-    assert sorted(path.name for path in stale.parent.iterdir()) == ["step-000004", "step-000005"]
+    assert sorted(path.name for path in stale.parent.iterdir()) == ["step-000005", "step-000006"]
 
 
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(monkeypatch, capsys, tmp_path, unbroken):
@@ -177,6 +209,7 @@ def copy_of(unbroken: Path, tmp_path: Path) -> tuple[Path, dict]:
     out = tmp_path / "run"
     shutil.copytree(unbroken / "simpo", out)
     shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-000006")
     return out, few_pairs(tmp_path) | RUN | {"objective": "simpo", "reference": "cached", "dtype": "fp32"}
 
 
@@ -205,7 +238,7 @@ def test_what_does_not_change_the_mathematics_may_change(monkeypatch, tmp_path, 
     assert losses(rows) == pytest.approx(losses(rows_of(unbroken / "simpo")), rel=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "state", "no state", "pickle"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "state", "no state", "pickle", "no rows"])
 def test_a_damaged_checkpoint_is_refused(monkeypatch, capsys, tmp_path, unbroken, damage):
     out, flags = copy_of(unbroken, tmp_path)
     path = out / "checkpoints" / "step-000004"
@@ -218,10 +251,14 @@ def test_a_damaged_checkpoint_is_refused(monkeypatch, capsys, tmp_path, unbroken
         (path / "state.json").write_text('{"step": "four"}')
     elif damage == "no state":
         (path / "state.json").unlink()
+    elif damage == "no rows":
+        (path / "metrics.jsonl").unlink()
     else:
         torch.save({}, shard)
+    rows, config = (out / "metrics.jsonl").read_text(), (out / "config.json").read_text()
     line = fails(monkeypatch, capsys, out, 1, **flags)
     assert str(path) in line
+    assert (rows, config) == ((out / "metrics.jsonl").read_text(), (out / "config.json").read_text())
 
 
 def test_never_does_not_wipe_out_checkpoints(monkeypatch, capsys, tmp_path, unbroken):
@@ -260,7 +297,7 @@ def weights_of(checkpoint: Path) -> list[torch.Tensor]:
 def test_a_checkpoint_holds_what_the_run_saves(unbroken):
     """The very weights and step: not those of a forward pass in another precision."""
     last = train.checkpoints(unbroken / "simpo")[-1]
-    assert json.loads((last / "state.json").read_text())["step"] == 4
+    assert json.loads((last / "state.json").read_text())["step"] == 6
     names = {name for name, _ in llama.load(unbroken / "simpo" / "model").named_parameters()}
     from safetensors.torch import load_file
 
@@ -269,22 +306,24 @@ def test_a_checkpoint_holds_what_the_run_saves(unbroken):
     assert {f"{kind}.{name}" for name in names for kind in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")} == saved.keys()
 
 
-def test_the_slurm_script_goes_on_until_it_is_done(tmp_path, unbroken):
+def test_the_slurm_script_goes_on_while_it_gets_further(tmp_path, unbroken):
     """With a Slurm of two lines: `srun` runs its command here, `scontrol` names this host and notes what it is asked for."""
     out, flags = copy_of(unbroken, tmp_path)
     tools = tmp_path / "bin"
     tools.mkdir()
-    fake = {"srun": 'exec "$@"', "scontrol": f'echo "$@" >> {tmp_path}/asked; echo localhost', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}  # fmt: skip
+    fake = {"scontrol": f'echo "$@" >> {tmp_path}/asked; echo localhost', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}  # fmt: skip
     for name, line in fake.items():
         (tools / name).write_text(f"#!/bin/bash\n{line}\n")
         (tools / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "OMP_NUM_THREADS": "1"}
     env = os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}"}
     words = [word for word in arguments(out, **flags) if not word.startswith("--out")]
-    for broken in (True, False):
-        wrong = ["--beta=3"] if broken else []  # refused: not done, and there is something to go on from
-        subprocess.run([ROOT / "recipes/slurm.sh", out, *words, *wrong], env=env, cwd=ROOT, capture_output=True)
-        assert (out / "model").exists() == (not broken)
-        assert ("requeue 7" in (tmp_path / "asked").read_text()) == broken
+    further = f"cp -r {out}/checkpoints/step-000004 {out}/checkpoints/step-000005; exit 1;"
+    for more, first, done, queued in (["--beta=3"], "", False, False), ([], further, False, True), ([], "", True, False):
+        (tools / "srun").write_text(f'#!/bin/bash\nshift 2; {first} exec "$@"\n')  # refused; saved, then stopped; done
+        (tools / "srun").chmod(0o755)
+        subprocess.run([ROOT / "recipes/slurm.sh", out, *words, *more], env=env, cwd=ROOT, capture_output=True)
+        assert (out / "model").exists() == done
+        assert ("requeue 7" in (tmp_path / "asked").read_text()) == queued
         (tmp_path / "asked").unlink()
     assert_same(unbroken / "simpo", out)
