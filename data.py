@@ -148,6 +148,15 @@ def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> 
         refuse(e, "the download broke off ({}): run the same command again, files that came whole are kept")
 
 
+def at_hand(name: str) -> bool:
+    """Whether `name`, or what it names a split of, is here; if not, it may be on the hub. DataError if it cannot be."""
+    if Path(name).expanduser().exists() or Path(name.partition("@")[0].partition(":")[0]).exists():
+        return True
+    if name.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
+        raise DataError(f"{name}: no such file or folder")
+    return False
+
+
 def data_files(name: str) -> list[Path]:
     """The files that `--data` names: one file, all of a folder, or those of `owner/name[@revision]` on the hub.
 

@@ -12,7 +12,7 @@ m = max(c, 4) of master weights:
     reference    c · P / shards       frozen, online
     the rest     what a step has for a while, in three moments of backward; the worst one counts
 
-Time is train.py's `train_flops` over the peak of all GPUs times `--mfu`: communication and recomputation are in that share.
+Time is `train_flops` over the peak of all GPUs times `--mfu`: communication and recomputation are in that share.
 """
 
 import itertools
@@ -29,7 +29,6 @@ import data
 from data import DataError, Tokenizer, Tree
 from model import LOGITS_CHUNK, Config, Llama
 from settings import NEEDS_REFERENCE, Settings
-from train import PEAK_FLOPS, at_hand, train_flops
 
 GIB = 2**30
 SAMPLE, STEPS = 2000, 20  # pairs that are tokenized for their lengths, steps that are laid out in micro-batches
@@ -43,6 +42,27 @@ PATH_TOKENS, PROMPT_TO_RESPONSE = 409, 0.42
 # (bench/plan_check.py).
 RUNTIME = {"cuda": 1.5 * GIB, "cpu": 0.31 * GIB}
 SLACK = {"cuda": 0.05, "cpu": 0.03}
+
+
+# dense bfloat16 matrix products per second, from NVIDIA's data sheets
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def train_flops(config: Config, trees: list[Tree]) -> float:
+    """Floating-point operations of forward and backward that the mathematics needs: 6 per weight and token, 12 per
+    feature of a visible query-key pair; recomputation does not count, nor positions that meet no vocabulary."""
+    c = config
+    attention = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # rows of q, k, v, o
+    block = c.hidden_size * (attention + 3 * c.intermediate_size)
+    predicted, visible = 0, 0.0
+    for tree in trees:
+        p = len(tree.prompt)
+        visible += p * (p + 1) / 2
+        for r in map(len, tree.responses):
+            visible += r * (p + (r + 1) / 2)
+            predicted += r
+    blocks = 6 * block * sum(map(len, trees)) + 12 * c.num_attention_heads * c.head_dim * visible
+    return c.num_hidden_layers * blocks + 6 * c.vocab_size * c.hidden_size * predicted
 
 
 @dataclass(frozen=True)
@@ -180,7 +200,7 @@ def largest_microbatch(
 
 def model_folder(settings: Settings) -> Path:
     """Where config.json is: a folder, or the hub's cache. Nothing is fetched."""
-    if at_hand(settings.model):
+    if data.at_hand(settings.model):
         return Path(settings.model).expanduser()
     from huggingface_hub import try_to_load_from_cache
 
@@ -196,7 +216,7 @@ def pairs(settings: Settings, folder: Path) -> tuple[list[Tree], int | None, str
     """Pairs with the lengths to plan with, how many the run has if that is known, and where these come from."""
     answers = 1 if settings.objective == "sft" else 2
     told = settings.plan_tokens_per_pair
-    if told or not (at_hand(settings.data) and (folder / "tokenizer.json").exists()):
+    if told or not (data.at_hand(settings.data) and (folder / "tokenizer.json").exists()):
         path = min(PATH_TOKENS, settings.max_length)
         length = told / (answers + PROMPT_TO_RESPONSE) if told else path / (1 + PROMPT_TO_RESPONSE)  # of a response
         prompt, response = (np.zeros(max(1, round(n)), np.int32) for n in (PROMPT_TO_RESPONSE * length, length))

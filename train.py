@@ -28,7 +28,6 @@ import logging
 import math
 import os
 import platform
-import re
 import resource
 import shlex
 import shutil
@@ -59,9 +58,11 @@ import model as llama
 from baselines import cpo_loss, ipo_loss, kto_loss, orpo_loss, rdpo_loss, rrhf_loss, slic_loss
 from data import Tokenizer, Tree
 from model import CheckpointError, Config, Llama, Weights
+from plan import PEAK_FLOPS, print_plan, train_flops
 from sample import generate
 from settings import HYPERPARAMETERS, NEEDS_REFERENCE, SECTIONS, Settings, read_settings
 from simpo import dpo_loss, simpo_loss
+
 PARENT = os.getppid()  # torchrun, if that started us
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,27 +620,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
-# dense bfloat16 matrix products per second, from NVIDIA's data sheets
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
-
-
-def train_flops(config: Config, trees: list[Tree]) -> float:
-    """Floating-point operations of forward and backward that the mathematics needs: 6 per weight and token, 12 per
-    feature of a visible query-key pair; recomputation does not count, nor positions that meet no vocabulary."""
-    c = config
-    attention = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # rows of q, k, v, o
-    block = c.hidden_size * (attention + 3 * c.intermediate_size)
-    predicted, visible = 0, 0.0
-    for tree in trees:
-        p = len(tree.prompt)
-        visible += p * (p + 1) / 2
-        for r in map(len, tree.responses):
-            visible += r * (p + (r + 1) / 2)
-            predicted += r
-    blocks = 6 * block * sum(map(len, trees)) + 12 * c.num_attention_heads * c.head_dim * visible
-    return c.num_hidden_layers * blocks + 6 * c.vocab_size * c.hidden_size * predicted
-
-
 def speed(config: Config, trees: list[Tree], seconds: float, device: torch.device) -> dict[str, float]:
     """Rates over all processes, and the share of known GPUs' peak that went into the mathematics (MFU)."""
     rates = {"tokens_per_second": sum(map(len, trees)) / seconds, "pairs_per_second": len(trees) / seconds}
@@ -684,19 +664,10 @@ def one_line_errors(program: str, settings: Settings | None = None) -> Iterator[
             dist.destroy_process_group()
 
 
-def at_hand(name: str) -> bool:
-    """Whether `name`, or what it names a split of, is here; if not, it may be on the hub. DataError if it cannot be."""
-    if Path(name).expanduser().exists() or Path(name.partition("@")[0].partition(":")[0]).exists():
-        return True
-    if name.endswith(data.SUFFIXES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?", name):
-        raise data.DataError(f"{name}: no such file or folder")
-    return False
-
-
 def dry_run(settings: Settings) -> None:
     """Say what would be trained, on what: every setting, and of model and data as much as is on this machine."""
     notes = {name: "" for name in ("model", "data", "eval_data") if getattr(settings, name)}
-    missing = [name for name in notes if not at_hand(getattr(settings, name))]
+    missing = [name for name in notes if not data.at_hand(getattr(settings, name))]
     notes |= dict.fromkeys(missing, "would be fetched from the hub")
     template, tokenizer = data.read_template(settings.chat_template), None
     if "model" not in missing:
@@ -739,8 +710,6 @@ def main() -> None:
     settings = read_settings(description=__doc__)
     with one_line_errors("train.py", settings):
         if settings.plan:
-            from plan import print_plan  # which builds on this file
-
             return print_plan(settings)
         device, mesh = start_processes(settings)
         if settings.dry_run:
