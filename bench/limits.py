@@ -52,8 +52,7 @@ def random_model(config: Config, dtype: str, device: str) -> Llama:
 def step(model: Llama, trees: list[data.Tree]) -> float:
     """Seconds of one forward and backward pass over all `trees` together."""
     start = time.perf_counter()
-    lengths = torch.tensor([[len(r) for r in tree.responses] for tree in trees], device=model.device)
-    logps = response_logps(model, trees)
+    logps, lengths = response_logps(model, trees)
     simpo_loss(*logps.unbind(1), *lengths.unbind(1), beta=2.0, gamma=1.0)[0].mean().backward()
     if model.device.type == "cuda":
         torch.cuda.synchronize()

@@ -79,7 +79,7 @@ def test_zephyr_template_is_what_the_authors_evaluate_with():
     tokenizer.tail = "</s>\n"
     prompt = tokenizer.prompt_text("Hi", "")
     assert prompt == "<s><|system|>\n</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
-    assert tokenizer.response_text("Hi", prompt, "Hello.", "") == "Hello."
+    assert tokenizer.texts([data.Example("Hi", ("Hello.",), "")]) == [(prompt, ["Hello."])]
     told = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}]
     assert tokenizer.prompt_text(told, "") == "<s><|system|>\nRhyme.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
 
@@ -91,7 +91,7 @@ def test_llama3_template_is_llama_3_s():
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
     prompt = tokenizer.prompt_text("Hi ", "")
     assert prompt == f"<|begin_of_text|>{header('user')}Hi<|eot_id|>{header('assistant')}"
-    assert tokenizer.response_text("Hi ", prompt, "Hello.", "") == "Hello."
+    assert tokenizer.texts([data.Example("Hi ", ("Hello.",), "")]) == [(prompt, ["Hello."])]
 
 
 def test_dry_run_of_what_is_here(monkeypatch, capsys, tmp_path):
