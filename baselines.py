@@ -134,7 +134,7 @@ def rdpo_loss(
     beta: float,
     alpha: float,
 ) -> Triple:
-    """R-DPO: DPO that expects a chosen response to win by `alpha` for every token by which it is the longer."""
+    """R-DPO: DPO in which length explains a part of every preference, `alpha` a token, and the policy learns the rest."""
     _assert_same_shape(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     _assert_same_shape(chosen_logps, chosen_lengths, rejected_lengths)
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)

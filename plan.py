@@ -6,7 +6,7 @@ Weights are neither needed nor read: the shape is that of config.json; lengths a
 tokenizer are here, else assumed. For P parameters, `shards` GPUs that share one copy, c bytes of what is computed with and
 m = max(c, 4) of master weights:
 
-    parameters   m · P / shards       master weights; these three on the host with --offload
+    parameters   m · P / shards       master weights; these four on the host with --offload
     gradients    m · P / shards       reduced
     optimizer    2 m · P / shards     AdamW's two moments
     reference    c · P / shards       frozen, online
@@ -19,7 +19,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ PATH_TOKENS, PROMPT_TO_RESPONSE = 409, 0.42
 # resident before the first tensor (0.28 to 0.34 GiB, torch 2.13 on Linux), and what else glibc keeps of what is freed
 # (bench/plan_check.py).
 RUNTIME = {"cuda": 1.5 * GIB, "cpu": 0.31 * GIB}
+STAYS = "parameters", "gradients", "optimizer", "reference"  # through the whole step; on the host with --offload
 SLACK = {"cuda": 0.05, "cpu": 0.03}
 
 
@@ -63,6 +64,11 @@ def train_flops(config: Config, trees: list[Tree]) -> float:
             predicted += r
     blocks = 6 * block * sum(map(len, trees)) + 12 * c.num_attention_heads * c.head_dim * visible
     return c.num_hidden_layers * blocks + 6 * c.vocab_size * c.hidden_size * predicted
+
+
+def micro_batches(config: Config, trees: list[Tree], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Which process computes which of a step's trees, and when (`data.plan`): bounded by `budget` tokens, even in work."""
+    return data.plan([len(tree) for tree in trees], ranks, budget, [train_flops(config, [tree]) for tree in trees])
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,8 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
     offload, gather_once = settings.offload and kind == "cuda", settings.gather_once
     online = settings.objective in NEEDS_REFERENCE and settings.reference == "online"
 
-    stays = {
-        "parameters": 0 if offload else m * whole / shards,
-        "gradients": 0 if offload else m * whole / shards,
-        "optimizer": 0 if offload else 2 * m * whole / shards,
-        "reference": c * whole / shards if online and not offload else 0,
-    }
+    sizes = (m, m, 2 * m, c * online)  # bytes a parameter
+    stays = {name: 0 if offload else size * whole / shards for name, size in zip(STAYS, sizes)}
 
     # FSDP gathers a block into a flat buffer and copies it out, and in backward it fetches the next one ahead; the
     # buffer of a block's reduced gradient waits until the next block's is reduced. One process gathers without buffers.
@@ -278,13 +280,13 @@ def plan(settings: Settings) -> dict:
     config = Config.from_folder(folder)
     trees, count, source = pairs(settings, folder)
 
-    # the micro-batches that data.plan makes of the first steps, and the longest pair, which may travel alone in others
+    # the micro-batches of the first steps, and the longest pair, which may travel alone in others
     epochs = data.batches(count or len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
     total_steps = sum(1 for _ in itertools.islice(epochs, settings.max_steps)) if count else settings.max_steps
     order = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)
     steps = [[trees[n] for n in step] for step in itertools.islice(order, min(settings.max_steps or STEPS, STEPS))]
     steps = [step for step in steps if len(step) == len(steps[0])]  # an epoch's last one may be short
-    shares = [data.plan([len(t) for t in step], gpus, settings.microbatch_tokens, [train_flops(config, [t]) for t in step]) for step in steps]
+    shares = [micro_batches(config, step, gpus, settings.microbatch_tokens) for step in steps]
     loads = [
         Load.of([step[i] for i in numbers])
         for step, rounds in zip(steps, shares)
@@ -293,6 +295,8 @@ def plan(settings: Settings) -> dict:
     longest = Load.of([max(trees, key=len)])
     fullest = max(loads + [longest] * (total_steps != len(steps)), key=lambda load: load.tokens)
     moments = memory(config, settings, kind, gpus, fullest)
+    whole = worst(memory(config, replace(settings, offload=False), kind, gpus, fullest))
+    host = sum(whole[name] for name in STAYS)  # with --offload
     items = worst(moments)
     if kind == "cpu":  # pages of the weights' files stay resident once they were read
         items["checkpoint, mapped"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -310,7 +314,7 @@ def plan(settings: Settings) -> dict:
              "--reference cached": online, "--offload": not settings.offload}  # fmt: skip
     return {
         "machine": name, "kind": kind, "gpus": gpus, "room": room, "parameters": parameter_counts(config)[0],
-        "pairs": source, "moments": moments, "items": items, "total": sum(items.values()),
+        "pairs": source, "moments": moments, "items": items, "host": host, "total": sum(items.values()),
         "load": fullest, "microbatches": max(map(len, shares)), "largest": largest if largest >= longest.tokens else 0, "most": most,
         "step_tokens": step_tokens, "step_pairs": len(steps[0]), "flops": flops, "peak": peak, "seconds": seconds,
         "steps": total_steps, "helps": [what for what, applies in helps.items() if applies],
@@ -330,8 +334,7 @@ def print_plan(settings: Settings) -> None:
     verdict = "fits" if p["total"] <= p["room"] else "does NOT fit"
     print(f"  {'the worst moment':22}{p['total'] / GIB:11.2f}   {verdict} in {p['room'] / GIB:.2f}")
     if settings.offload and p["kind"] == "cuda":
-        host = 16 * p["parameters"] * settings.replicate / p["gpus"]
-        print(f"  {'on the host':22}{host / GIB:11.2f}   parameters, gradients, optimizer")
+        print(f"  {'on the host':22}{p['host'] / GIB:11.2f}   {', '.join(STAYS)}")
     print(
         f"\nstep          {p['step_pairs']} pairs, {p['step_tokens']:,.0f} tokens; "
         f"micro-batches of each {each}: {p['microbatches']}, the fullest of {p['load'].tokens:,.0f} tokens (--microbatch-tokens {settings.microbatch_tokens})"

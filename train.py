@@ -8,7 +8,7 @@
     python train.py --config recipe.toml --plan --gpus 8                 what that would take: memory, time
 
 A *step* takes `--batch-size` pairs, whatever the hardware. They are spread over processes and micro-batches by their
-number of tokens, and the step's loss is the sum over its pairs divided by their number, so that one process and eight,
+tokens and work, and the step's loss is the sum over its pairs divided by their number, so that one process and eight,
 with little memory or much, optimise the very same loss. Every process takes the same path; one process is a group of
 one. Parameters are sharded by FSDP2, kept in float32, and computed with in `--dtype`.
 
@@ -58,7 +58,7 @@ import model as llama
 from baselines import cpo_loss, ipo_loss, kto_loss, orpo_loss, rdpo_loss, rrhf_loss, slic_loss
 from data import Tokenizer, Tree
 from model import CheckpointError, Config, Llama, Weights
-from plan import PEAK_FLOPS, print_plan, train_flops
+from plan import PEAK_FLOPS, micro_batches, print_plan, train_flops
 from sample import generate
 from settings import HYPERPARAMETERS, NEEDS_REFERENCE, SECTIONS, Settings, read_settings
 from simpo import dpo_loss, simpo_loss
@@ -258,12 +258,6 @@ def response_logps(model: Llama, trees: list[Tree]) -> tuple[Tensor, Tensor]:
     return logps.view_as(lengths), lengths
 
 
-def micro_batches(model: Llama, trees: list[Tree], settings: Settings) -> list[list[list[int]]]:
-    """Which process computes what and when (`data.plan`): bounded by tokens, even in work, attention's included."""
-    costs = [train_flops(model.config, [tree]) for tree in trees]
-    return data.plan([len(tree) for tree in trees], dist.get_world_size(), settings.microbatch_tokens, costs)
-
-
 def pair_losses(
     settings: Settings, logps: Tensor, lengths: Tensor, ref_logps: Tensor | None, z_ref: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -329,7 +323,7 @@ def run_pairs(
     chosen_tokens = sum(len(tree.responses[0]) for tree in batch)
     sums: dict[str, Tensor] = {}
     shortest = min(range(len(batch)), key=lambda i: len(batch[i]))
-    rounds = micro_batches(model, batch, settings)
+    rounds = micro_batches(model.config, batch, world, settings.microbatch_tokens)
     for number, shares in enumerate(rounds, 1):
         last = number == len(rounds)
         model.set_requires_all_reduce(last)  # HSDP's copies meet once a step
@@ -381,9 +375,9 @@ def reference_table(model: Llama, trees: list[Tree], steps: list[np.ndarray], se
     """
     table = empty_table(trees, settings, model.device)
     seen = torch.zeros(len(trees), device=model.device)
-    online, rank = online_reference(model), dist.get_rank()
+    online, rank, world = online_reference(model), dist.get_rank(), dist.get_world_size()
     for step in progress(steps, "reference"):
-        for shares in micro_batches(model, [trees[n] for n in step], settings):
+        for shares in micro_batches(model.config, [trees[n] for n in step], world, settings.microbatch_tokens):
             numbers = [int(step[i]) for i in shares[rank] or [0]]
             logps = online([trees[n] for n in numbers], numbers)
             if shares[rank]:
