@@ -183,6 +183,12 @@ def test_only_the_newest_are_kept_and_what_is_not_whole_is_no_checkpoint(monkeyp
     assert sorted(path.name for path in stale.parent.iterdir()) == ["step-000005", "step-000006"]
 
 
+def test_the_last_step_is_saved_too(monkeypatch, tmp_path):
+    """Evaluating and writing the model come after it, and may fail."""
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | RUN | {"save_every": 4})
+    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["step-000004", "step-000006"]
+
+
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(monkeypatch, capsys, tmp_path, unbroken):
     """Full: no file may grow beyond 200 kB from step 4 on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -272,7 +278,7 @@ def test_never_does_not_wipe_out_checkpoints(monkeypatch, capsys, tmp_path, unbr
 def test_two_runs_into_one_folder(monkeypatch, capsys, tmp_path, unbroken):
     out, flags = copy_of(unbroken, tmp_path)
     with open(out / "metrics.jsonl", "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_SH)  # enough to keep out whoever wants it alone
         assert fails(monkeypatch, capsys, out, 1, **flags).endswith(f"{out}: another run is writing there")
     run(monkeypatch, out, **flags)
 
