@@ -27,6 +27,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q [T,H,E], k [T,K,E], v [T,K,E]) → [T,H,E]
 
@@ -231,6 +232,12 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """What activation checkpointing keeps of a block: of all that it computes, attention is dearest by the byte."""
+    kept = op.name() in ("aten::_scaled_dot_product_flash_attention_for_cpu", "torch_attn::_varlen_attn")
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -238,11 +245,12 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.recompute = False  # activation checkpointing: keep only the block's input, run it again in backward
+        self.recompute = False  # activation checkpointing: keep the block's input and attention, make the rest again in backward
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.body, x, cos, sin, attend, use_reentrant=False)
+            keep = partial(create_selective_checkpoint_contexts, keep_attention)
+            return checkpoint(self.body, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
         return self.body(x, cos, sin, attend)
 
     def body(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -297,33 +305,67 @@ class Llama(nn.Module):
         of them. They come out of here, not logits, because under FSDP the head is whole only inside this call."""
         attend = PackedAttention(key_index, cu_q, cu_k, self.config.sliding_window)
         hidden = self.model(tokens, positions, attend)[predict]  # [N, D]
-        return chunked_logps(hidden, self.head_weight, targets)
+        return TiledLogps.apply(hidden, self.head_weight, targets)
 
 
-# Logits alive at once, whatever the vocabulary and the number of tokens. A GPU's matrix products want many rows (128 MiB
-# in float32); on a CPU, blocks of over 32 MiB are mapped, zeroed and unmapped by glibc at every use.
-LOGITS_CHUNK = {"cuda": 2**25, "cpu": 2**23}
+# Logits alive at once, whatever the vocabulary and the number of tokens: a GPU's matrix products want large operands (128 MiB
+# in float32), a CPU's caches small ones.
+LOGITS_TILE = {"cuda": 2**25, "cpu": 2**20}
 
 
-def chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+class TiledLogps(torch.autograd.Function):
     """log softmax(hidden · weightᵀ)[target], float32 [N], without ever holding all N × V logits.
 
-    Every chunk's logits are made, reduced to one number a row, dropped, and made again in backward."""
+    They are made for a tile of words at a time, all N rows at once: forward keeps no more than each row's log-sum-exp,
+    with which backward makes the tile's probabilities again. A word's weight and its gradient belong to one tile, so that
+    the gradient [V, D] is written once, as one product over all positions, and not summed over chunks of them."""
 
-    def logps(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return -F.cross_entropy(wide(F.linear(h, w)), t, reduction="none")
+    @staticmethod
+    def tiles(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """For each tile: its words, its logits [N, words], whether each target is one of them [N] and which [N, 1]."""
+        width = max(1, LOGITS_TILE[hidden.device.type] // len(hidden))
+        for start in range(0, len(weight), width):
+            words = slice(start, min(start + width, len(weight)))
+            inside = (words.start <= targets) & (targets < words.stop)
+            column = (targets - words.start).clamp(0, words.stop - words.start - 1)[:, None]
+            yield words, wide(F.linear(hidden, weight[words])), inside, column
 
-    rows = max(1, LOGITS_CHUNK[hidden.device.type] // weight.shape[0])
-    chunks = zip(hidden.split(rows), targets.split(rows))
-    return torch.cat([checkpoint(logps, h, weight, t, use_reentrant=False) for h, t in chunks])
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        most = wide(hidden.new_full(targets.shape, -torch.inf))  # of a row's logits so far
+        total = torch.zeros_like(most)  # Σ exp(logit − most)
+        chosen = torch.zeros_like(most)  # the target's logit
+        for _, logits, inside, column in TiledLogps.tiles(hidden, weight, targets):
+            chosen += logits.gather(1, column)[:, 0].where(inside, 0.0)
+            before, most = most, torch.maximum(most, logits.amax(1))
+            total = total * (before - most).exp() + logits.sub_(most[:, None]).exp_().sum(1)
+        normaliser = most + total.log()
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        return chosen - normaliser
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.zeros_like(wide(hidden)), torch.empty_like(weight)
+        for words, logits, inside, column in TiledLogps.tiles(hidden, weight, targets):
+            probabilities = logits.sub_(normaliser[:, None]).exp_()
+            probabilities.scatter_add_(1, column, -inside[:, None].to(logits.dtype))
+            grad_logits = probabilities.mul_(-grad[:, None]).to(hidden.dtype)  # grad · (1[word is the target] − p)
+            grad_hidden += grad_logits @ weight[words]
+            torch.mm(grad_logits.t(), hidden, out=grad_weight[words])
+        return grad_hidden.to(hidden.dtype), grad_weight, None
+
+
+QUERIES = 128  # rows of a block of attention without a kernel of its own for packed streams; keys after its last row are left out
 
 
 class PackedAttention:
     """Attention over a packed stream: which keys each segment of queries sees (the rule at the top of this file).
 
     key_index: [S] stream positions of every segment's keys, one segment after the other.
-    cu_q, cu_k: int32 [segments + 1], NumPy's, since lengths are wanted without asking a GPU: where each segment's queries (in the stream) and keys (in key_index)
-    begin and end. window: how many positions back a token sees, itself included (Mistral 7B v0.1); None for all.
+    cu_q, cu_k: int32 [segments + 1], NumPy's, since lengths are wanted without asking a GPU: where each segment's queries
+    (in the stream) and keys (in key_index) begin and end.
+    window: how many positions back a token sees, itself included (Mistral 7B v0.1); None for all.
     """
 
     def __init__(self, key_index: Tensor, cu_q: np.ndarray, cu_k: np.ndarray, window: int | None = None):
@@ -332,14 +374,14 @@ class PackedAttention:
         if key_index.is_cuda:
             there = lambda cu: torch.as_tensor(cu).pin_memory().to(key_index.device, non_blocking=True)  # no waiting
             self.cu_q, self.cu_k = there(cu_q), there(cu_k)
-        self.masks: dict[int, Tensor | None] = {}  # by segment; the same for all layers
+        self.mask: Tensor | None = None  # of every block of every segment in every layer, see `sdpa`
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k[self.key_index], v[self.key_index]  # [S, K, E]
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return self.flash(q, k, v)
         segments = zip(q.split(self.q_lengths), k.split(self.k_lengths), v.split(self.k_lengths))
-        return torch.cat([self.sdpa(i, *segment) for i, segment in enumerate(segments)])
+        return torch.cat([block for segment in segments for block in self.sdpa(*segment)])
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One kernel for all segments; blocks outside the mask are never computed."""
@@ -351,24 +393,28 @@ class PackedAttention:
         longest = max(self.q_lengths), max(self.k_lengths)
         return varlen_attn(q, k, v, self.cu_q, self.cu_k, *longest, window_size=window, **gqa)
 
-    def sdpa(self, segment: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One segment, q [Tq, H, E] against k, v [Tk, K, E]; anywhere and in any dtype."""
-        mask = self.mask(segment)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, Tq or Tk, E]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out[0].transpose(0, 1)
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+        """One segment, q [Tq, H, E] against k, v [Tk, K, E], in blocks of queries; anywhere and in any dtype.
 
-    def mask(self, segment: int) -> Tensor | None:
-        """Bool [Tq, Tk]; None where plain causal attention is the rule: a path from its root, within the window."""
-        n, m = self.q_lengths[segment], self.k_lengths[segment]
-        if n == m and (self.window is None or m <= self.window):
-            return None
-        if segment not in self.masks:
-            distance = torch.arange(m - n, m, device=self.key_index.device)[:, None] - torch.arange(
-                m, device=self.key_index.device
-            )
-            self.masks[segment] = (distance >= 0) & (distance < (self.window or m))
-        return self.masks[segment]
+        Row i of `mask` is a query at position `most` + i, column j a key at position j, so that every block's mask is the
+        part of it that lies as far from the diagonal."""
+        most = max(self.k_lengths)
+        if self.mask is None:
+            rows, columns = (torch.arange(n, device=q.device) for n in (QUERIES, most + QUERIES))
+            distance = most + rows[:, None] - columns
+            hidden = (distance < 0) | (distance >= (self.window or most + 1))
+            # added to scores as it is; CUDA's kernels want memory aligned, and align what they make of a boolean mask
+            self.mask = ~hidden if q.is_cuda else torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # [K, H/K, Tq, E]: queries that share their keys
+        k, v = (x.transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # [K, H/K, Tk, E], not copied
+        position = k.shape[2] - q.shape[2]  # of the block's first query
+        for block in q.split(QUERIES, dim=2):
+            n = block.shape[2]
+            seen = slice(max(0, position + 1 - (self.window or most)), position + n)
+            mask = self.mask[:n, most - position + seen.start : most + n]
+            out = F.scaled_dot_product_attention(block, k[:, :, seen], v[:, :, seen], attn_mask=mask)
+            yield out.permute(2, 0, 1, 3).flatten(1, 2)  # [n, H, E]
+            position += n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,7 +448,7 @@ LONGEST_HEADER = 2**24  # bytes of a safetensors file's list of tensors; 10,000 
 
 
 class Weights:
-    """The tensors of a checkpoint folder, memory-mapped; only what is asked for is read.
+    """The tensors of a checkpoint folder; only what is asked for is read.
 
     Raises CheckpointError for a missing or damaged file and for weights that are not float32, bfloat16 or float16."""
 
@@ -410,7 +456,7 @@ class Weights:
 
     def __init__(self, folder: Path):
         self.where = folder
-        self.files: dict[str, tuple[Path, object]] = {}  # tensor name → (file, its open handle)
+        self.files: dict[str, tuple[Path, list[int]]] = {}  # tensor name → (file, shape)
         self.dtype = torch.float32  # of the first tensor; a saved checkpoint keeps it
         for path in self.shards(folder):
             try:
@@ -419,20 +465,20 @@ class Weights:
                     if size > LONGEST_HEADER:
                         raise ValueError(f"a header of {size} bytes, more than {LONGEST_HEADER}")
                     header = file.read(size)
-                handle = safe_open(path, framework="pt")  # refuses tensors that overlap, leave holes or exceed the file
-                parse_json(header)  # it takes the last of two of the same name
-                names = list(handle.keys())
+                with safe_open(path, framework="pt") as handle:  # refuses tensors that overlap, leave holes or exceed the file
+                    parse_json(header)  # it takes the last of two of the same name
+                    slices = {name: handle.get_slice(name) for name in handle.keys()}
+                    tensors = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
             except (SafetensorError, OSError, ValueError, RecursionError) as e:
                 raise CheckpointError(f"{path}: not a whole safetensors file: {e}") from None
-            for name in names:
-                dtype = handle.get_slice(name).get_dtype()
+            for name, (dtype, shape) in tensors.items():
                 if dtype not in self.DTYPES:
                     raise CheckpointError(f"{path}: {name} is {dtype}: only {', '.join(self.DTYPES)} are supported")
                 if name in self.files:
                     raise CheckpointError(f"{path}: {name} is also in {self.files[name][0].name}")
                 if not self.files:
                     self.dtype = self.DTYPES[dtype]
-                self.files[name] = (path, handle)
+                self.files[name] = (path, list(shape))
 
     @staticmethod
     def shards(folder: Path) -> list[Path]:
@@ -475,19 +521,23 @@ class Weights:
                 few = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 raise CheckpointError(f"{self.where}: {problem}: {few}")
         for name, parameter in parameters.items():
-            path, handle = self.files[name]
-            shape = list(handle.get_slice(name).get_shape())
+            path, shape = self.files[name]
             if shape != list(parameter.shape):
                 raise CheckpointError(f"{path}: {name} has shape {shape}, config.json says {list(parameter.shape)}")
 
     def copy_into(self, model: nn.Module) -> None:
-        """Fill every parameter, sharded or whole, in place; each process reads only the rows that it holds."""
-        for name, parameter in model.named_parameters():
-            source = self.files[name][1].get_slice(name)
-            start, stop = local_rows(parameter)
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            with torch.no_grad():
-                local.copy_(source[start:stop])
+        """Fill every parameter, sharded or whole, in place; each process reads only the rows that it holds.
+
+        A file is mapped only meanwhile: what was read of it counts as this process's memory until it is let go."""
+        parameters = dict(model.named_parameters())
+        for path in dict.fromkeys(path for path, _ in self.files.values()):
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys() & parameters.keys():
+                    parameter = parameters[name]
+                    start, stop = local_rows(parameter)
+                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    with torch.no_grad():
+                        local.copy_(handle.get_slice(name)[start:stop])
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:

@@ -27,7 +27,7 @@ import torch
 
 import data
 from data import DataError, Tokenizer, Tree
-from model import LOGITS_CHUNK, Config, Llama
+from model import LOGITS_TILE, Config, Llama
 from settings import NEEDS_REFERENCE, Settings
 
 GIB = 2**30
@@ -130,13 +130,13 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
     keeps, works, head = activations(config, load, c, kind)
     waiting = head + (config.num_hidden_layers * keeps["recomputed" if settings.activation_checkpointing else "all"])
     one = works + (keeps["all"] if settings.activation_checkpointing else 0)
-    chunk = min(load.predicted, max(1, LOGITS_CHUNK[kind] // config.vocab_size)) * config.vocab_size
+    tile = min(load.predicted * config.vocab_size, max(load.predicted, LOGITS_TILE[kind]))
     moments = {
         "log-probs": {
             "gathered weights": gathered + fetched,
-            "unsharded gradients": unsharded + 2 * c * matrix,  # the head's sum over chunks, and that of one chunk
+            "unsharded gradients": unsharded + c * matrix,  # the head's
             "activations": waiting,
-            "log-prob chunk": 3 * m * chunk,  # log-softmax, its gradient, that of the logits
+            "log-prob tile": (m + (2 * c if c < m else 0)) * tile,  # logits, wide; where that is not all, before and after
         },
         "blocks": {  # the last one, when all others' inputs are still kept
             "gathered weights": gathered + fetched,
@@ -151,7 +151,7 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
             + m * block,
         },
     }
-    names = "gathered weights", "unsharded gradients", "activations", "log-prob chunk"
+    names = "gathered weights", "unsharded gradients", "activations", "log-prob tile"
     if kind == "cpu":  # glibc keeps much of what is freed, in pieces of the wrong size: each item at its own worst
         moments = {"": {name: max(moment.get(name, 0) for moment in moments.values()) for name in names}}
     for moment, items in moments.items():
@@ -181,7 +181,8 @@ def activations(config: Config, load: Load, c: int, kind: str) -> tuple[dict[str
     everything = load.tokens * sum(features * size for features, size in per_token) + load.keys * 2 * kv * c
     backward = load.tokens * (2 * i + 2 * d) * c  # gradients of silu(gate) and up beside the product's; of the stream
     head = load.tokens * d * (w + 2 * c) + load.predicted * 2 * d * c  # the last norm; what it predicts from, gradient
-    return {"all": everything, "recomputed": load.tokens * d * c}, backward, head
+    kept = load.tokens * (d * c + q * c + config.num_attention_heads * w)  # the block's input, attention's output and normaliser
+    return {"all": everything, "recomputed": kept}, backward, head
 
 
 def largest_microbatch(

@@ -78,7 +78,7 @@ VARIANTS = {
     "packed": lambda model, trees: packed(model, branches(trees)).view(-1, 2),
     "+ shared prompt": packed,
     "+ response-only log-probabilities": lambda model, trees: packed(model, trees, everywhere=False),
-    "+ chunked": lambda model, trees: response_logps(model, trees)[0],
+    "+ tiled": lambda model, trees: response_logps(model, trees)[0],
     "+ compile": lambda model, trees: response_logps(model, trees)[0],
 }
 

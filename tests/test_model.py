@@ -10,6 +10,7 @@ import os
 import resource
 import stat
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -230,9 +231,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rows", [1, 7, 50])
-def test_chunked_logps(rows, monkeypatch):
-    """Any chunk gives the log-softmax and its gradients; no pass makes more logits at once, none wait for backward."""
+@pytest.mark.parametrize("words", [1, 7, 37])
+def test_tiled_logps(words, monkeypatch):
+    """Any tile gives the log-softmax and its gradients; no pass makes more logits at once, none wait for backward."""
     n, d, v = 50, 4, 37
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator, requires_grad=True) for shape in ((n, d), (v, d)))
@@ -240,14 +241,23 @@ def test_chunked_logps(rows, monkeypatch):
     expected = (hidden @ weight.T).log_softmax(-1)[range(n), targets]
     slopes = torch.linspace(-1, 2, n)
     expected_gradients = torch.autograd.grad(expected, (hidden, weight), slopes)
-    monkeypatch.setitem(llama.LOGITS_CHUNK, "cpu", rows * v)
+    monkeypatch.setitem(llama.LOGITS_TILE, "cpu", n * words)
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x)
     with Largest() as largest, hooks:
-        actual = llama.chunked_logps(hidden, weight, targets)
+        actual = llama.TiledLogps.apply(hidden, weight, targets)
         actual_gradients = torch.autograd.grad(actual, (hidden, weight), slopes)
     torch.testing.assert_close((actual, *actual_gradients), (expected, *expected_gradients))
-    assert largest.elements == max(rows * v, n * d) and not any(shape[-1:] == (v,) for shape in saved)
+    assert largest.elements == max(n * words, n * d) and not any(shape[-1:] == (v,) for shape in saved)
+
+
+def test_tiled_logps_of_large_logits():
+    """A word that is sure, words that are hopeless, in whatever tile: no overflow, no NaN, gradients that are 0."""
+    hidden, weight = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-1e4], [0.0], [1e4]], requires_grad=True)
+    logps = llama.TiledLogps.apply(hidden, weight, torch.tensor([2, 2]))
+    torch.testing.assert_close(logps, torch.tensor([0.0, -2e4]))
+    [gradient] = torch.autograd.grad(logps.sum(), weight)  # of the second row alone: its target's, its likeliest word's
+    torch.testing.assert_close(gradient, torch.tensor([[1.0], [0.0], [-1.0]]))
 
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="PackedAttention.flash is a CUDA kernel")
@@ -284,6 +294,50 @@ def test_attention_kernels(device, dtype, tolerance, window, monkeypatch):
     assert_near(out, expected, tolerance, "output")
     for name, gradient, reference in zip("qkv", actual, torch.autograd.grad(expected, exact, slopes.double())):
         assert_near(gradient, reference, tolerance, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_no_attention_beyond_the_mask(window, monkeypatch):
+    """A block of queries is given no key after its last query and, with a window, none that has left it for all of them."""
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+    spy = lambda q, k, v, **kwargs: seen.append((q.shape[2], k.shape[2])) or original(q, k, v, **kwargs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    packed = pack(make_trees([(300, [212, 500])]))
+    attend = PackedAttention(torch.from_numpy(packed["key_index"]), packed["cu_q"], packed["cu_k"], window)
+    q, k = torch.zeros(1012, 2, 8), torch.zeros(1012, 1, 8)
+    assert attend(0, q, k, k).shape == q.shape
+    ends = [128, 256, 384, 512, 428, 556, 684, 800]  # of the keys: prompt and chosen from 0 on, rejected from 300 on
+    rows = [128] * 4 + [128] * 3 + [116]
+    assert seen == [(n, end if window is None else min(end, n + window - 1)) for n, end in zip(rows, ends)]
+
+
+def test_activation_checkpointing_keeps_attention(tmp_path):
+    """Backward makes a block's matrix products again, attention never, and gradients are the same to the bit."""
+    counts = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[function.name()] += 1
+            return function(*args, **(kwargs or {}))
+
+    model = llama.load(tiny.write(tmp_path, tiny.FAMILIES["llama-3"]))
+    gradients, products = [], []
+    packed = {name: torch.from_numpy(x) for name, x in pack(make_trees([(150, [40, 9])])).items()}
+    packed |= {name: packed[name].numpy() for name in ("cu_q", "cu_k")}
+    for recompute in (False, True):
+        for block in model.model.layers:
+            block.recompute = recompute
+        logps = model(**packed)
+        counts.clear()
+        with Count():
+            logps.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        products.append(counts["aten::mm"])
+        assert counts["aten::_scaled_dot_product_flash_attention_for_cpu"] == 0
+        assert counts["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] > 0
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert products[1] - products[0] == 6 * len(model.model.layers)  # all but down_proj, whose output nothing needs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,6 +429,13 @@ def test_hostile_header(case, tmp_path):
         Weights(tmp_path)
     message = str(error.value)
     assert str(tmp_path / FILE) in message and says in message and "\n" not in message
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what a process has mapped")
+def test_a_loaded_checkpoint_is_not_mapped_any_more(tmp_path):
+    """What was read of a mapped file counts as memory of the process: once more the size of the weights, all through training."""
+    model = llama.load(tiny.write(tmp_path, tiny.FAMILIES["llama-3"]))
+    assert model.device.type == "cpu" and str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("size", [2**24 + 1, 10**9, 2**63, 2**64 - 1])
