@@ -100,6 +100,11 @@ def trim_freed_memory(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 has arithmetic units here; a CPU without them takes about eight times as long as in float32."""
+    return device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def make_mesh(settings: Settings, kind: str) -> DeviceMesh:
     """All processes in a row, which parameters are sharded over; with `--replicate N`, in N rows with a copy each."""
     world, copies = dist.get_world_size(), settings.replicate
@@ -729,6 +734,8 @@ def run(settings: Settings, device: torch.device, mesh: DeviceMesh, files: conte
         say(
             f"warning: --max-length {settings.max_length}, but the model knows {config.max_position_embeddings} positions"
         )
+    if settings.dtype == "bf16" and not multiplies_bf16(device):
+        say("warning: this CPU multiplies bfloat16 in software; --dtype fp32 is several times as fast")
     trees, counts = load_trees(settings.data, tokenizer, settings)
     held_out, eval_counts = load_trees(settings.eval_data, tokenizer, settings) if settings.eval_data else ([], {})
     epochs = data.batches(len(trees), settings.batch_size, settings.epochs, settings.seed, settings.shuffle)

@@ -155,6 +155,8 @@ def test_errors(monkeypatch, capsys, flags, status, line):
 )
 def test_memory_is_as_measured(tmp_path, flags):
     """Two steps of a model with 31 million parameters, within 15 %."""
+    if "--dtype=bf16" in flags and not train.multiplies_bf16(torch.device("cpu")):
+        pytest.skip("this CPU multiplies bfloat16 in software: minutes")
     shape = plan_check.SHAPE | {"hidden_size": 384, "intermediate_size": 1024}
     shape |= {"num_attention_heads": 6, "num_key_value_heads": 3}
     foreseen, taken = plan_check.foreseen_and_taken([*plan_check.write_inputs(tmp_path, shape), *flags])

@@ -256,6 +256,13 @@ def test_what_is_saved_are_the_master_weights(monkeypatch, tmp_path):
         assert torch.equal(weight, source[name]), name
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_in_software_is_warned_of(monkeypatch, tmp_path, capsys, native):
+    monkeypatch.setattr(train, "multiplies_bf16", lambda device: native)
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | {"dtype": "bf16", "max_steps": 1})
+    assert ("in software" in capsys.readouterr().out) == (not native)
+
+
 def test_order_epochs_and_what_is_logged(monkeypatch, tmp_path):
     """15 pairs in steps of 7 are 7, 7 and 1; --no-shuffle takes them as they stand in the file."""
     flags = few_pairs(tmp_path) | {"epochs": 2, "max_steps": 6, "shuffle": False, "log_every": 2}
@@ -338,8 +345,9 @@ def test_a_real_checkpoint_and_real_pairs(monkeypatch, tmp_path):
     if not checkpoint.exists() or not pairs.exists():
         pytest.skip("needs SIMPO_SMOLLM2=FOLDER with SmolLM2-135M-Instruct, and ../shared/data")
     transformers = pytest.importorskip("transformers")
+    dtype = "bf16" if train.multiplies_bf16(torch.device("cpu")) else "fp32"  # in software it would take minutes
     runs = [run(monkeypatch, tmp_path / suffix, model=checkpoint, data=pairs / f"test.{suffix}", max_length=96, max_prompt_length=48, batch_size=2,
-                max_steps=2, dtype="bf16", lr=1e-5) for suffix in ("jsonl", "parquet")]  # fmt: skip
+                max_steps=2, dtype=dtype, lr=1e-5) for suffix in ("jsonl", "parquet")]  # fmt: skip
     assert losses(runs[0]) == losses(runs[1])
     folder = tmp_path / "parquet" / "model"
     ids = torch.tensor(data.Tokenizer(folder).encode_prompts(["The capital of France is"])[0])
