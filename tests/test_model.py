@@ -435,7 +435,9 @@ def test_hostile_header(case, tmp_path):
 def test_a_loaded_checkpoint_is_not_mapped_any_more(tmp_path):
     """What was read of a mapped file counts as memory of the process: once more the size of the weights, all through training."""
     model = llama.load(tiny.write(tmp_path, tiny.FAMILIES["llama-3"]))
-    assert model.device.type == "cpu" and str(tmp_path) not in Path("/proc/self/maps").read_text()
+    weights = Weights(tmp_path)  # train.py has it as long as it runs
+    weights.copy_into(model)
+    assert len(weights.files) > 1 and str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("size", [2**24 + 1, 10**9, 2**63, 2**64 - 1])
