@@ -26,7 +26,7 @@ import data  # noqa: E402
 import workload  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from simpo import simpo_loss  # noqa: E402
-from train import response_logps  # noqa: E402
+from train import keep_freed_memory, response_logps  # noqa: E402
 
 SMALL = Config(49152, 576, 1536, 4, 9, 3, 64, tie_word_embeddings=True)  # SmolLM2-135M with 4 of its 30 blocks
 
@@ -107,6 +107,7 @@ def check_data(flags: argparse.Namespace) -> None:
 
 
 def peak(flags: argparse.Namespace) -> None:
+    keep_freed_memory()  # as train.py does
     config = dataclasses.replace(SMALL, vocab_size=flags.vocabulary)
     step(random_model(config, flags.dtype, flags.device), random_trees(flags.tokens, flags.vocabulary))
     print(peak_bytes(flags.device))
