@@ -308,9 +308,10 @@ class Llama(nn.Module):
         return TiledLogps.apply(hidden, self.head_weight, targets)
 
 
-# Logits alive at once, whatever the vocabulary and the number of tokens: a GPU's matrix products want large operands (128 MiB
-# in float32), a CPU's caches small ones.
+# Logits alive at once, whatever the vocabulary: a GPU's matrix products want large operands (128 MiB in float32), a CPU's
+# caches small ones.
 LOGITS_TILE = {"cuda": 2**25, "cpu": 2**20}
+LEAST_WORDS = 512  # in a tile, however many the tokens: products with fewer columns are slow
 
 
 class TiledLogps(torch.autograd.Function):
@@ -323,7 +324,7 @@ class TiledLogps(torch.autograd.Function):
     @staticmethod
     def tiles(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """For each tile: its words, its logits [N, words], whether each target is one of them [N] and which [N, 1]."""
-        width = max(1, LOGITS_TILE[hidden.device.type] // len(hidden))
+        width = max(LEAST_WORDS, LOGITS_TILE[hidden.device.type] // len(hidden))
         for start in range(0, len(weight), width):
             words = slice(start, min(start + width, len(weight)))
             inside = (words.start <= targets) & (targets < words.stop)

@@ -27,7 +27,7 @@ import torch
 
 import data
 from data import DataError, Tokenizer, Tree
-from model import LOGITS_TILE, Config, Llama
+from model import LEAST_WORDS, LOGITS_TILE, Config, Llama
 from settings import NEEDS_REFERENCE, Settings
 
 GIB = 2**30
@@ -130,7 +130,7 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
     keeps, works, head = activations(config, load, c, kind)
     waiting = head + (config.num_hidden_layers * keeps["recomputed" if settings.activation_checkpointing else "all"])
     one = works + (keeps["all"] if settings.activation_checkpointing else 0)
-    tile = min(load.predicted * config.vocab_size, max(load.predicted, LOGITS_TILE[kind]))
+    tile = min(load.predicted * config.vocab_size, max(load.predicted * LEAST_WORDS, LOGITS_TILE[kind]))
     moments = {
         "log-probs": {
             "gathered weights": gathered + fetched,

@@ -231,8 +231,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("words", [1, 7, 37])
-def test_tiled_logps(words, monkeypatch):
+@pytest.mark.parametrize("words, least", [(1, 1), (7, 1), (37, 1), (1, 7)])
+def test_tiled_logps(words, least, monkeypatch):
     """Any tile gives the log-softmax and its gradients; no pass makes more logits at once, none wait for backward."""
     n, d, v = 50, 4, 37
     generator = torch.Generator().manual_seed(0)
@@ -242,13 +242,14 @@ def test_tiled_logps(words, monkeypatch):
     slopes = torch.linspace(-1, 2, n)
     expected_gradients = torch.autograd.grad(expected, (hidden, weight), slopes)
     monkeypatch.setitem(llama.LOGITS_TILE, "cpu", n * words)
+    monkeypatch.setattr(llama, "LEAST_WORDS", least)
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x)
     with Largest() as largest, hooks:
         actual = llama.TiledLogps.apply(hidden, weight, targets)
         actual_gradients = torch.autograd.grad(actual, (hidden, weight), slopes)
     torch.testing.assert_close((actual, *actual_gradients), (expected, *expected_gradients))
-    assert largest.elements == max(n * words, n * d) and not any(shape[-1:] == (v,) for shape in saved)
+    assert largest.elements == max(n * words, n * least, n * d) and not any(shape[-1:] == (v,) for shape in saved)
 
 
 def test_tiled_logps_of_large_logits():
