@@ -299,12 +299,9 @@ def plan(settings: Settings) -> dict:
     whole = worst(memory(config, replace(settings, offload=False), kind, gpus, fullest))
     host = sum(whole[name] for name in STAYS)  # with --offload
     items = worst(moments)
-    if kind == "cpu":  # pages of the weights' files stay resident once they were read
-        items["checkpoint, mapped"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     sizes = [sum(map(len, step)) for step in steps]
     step_tokens, most = sum(sizes) / len(sizes), max(math.ceil(max(sizes) / gpus), longest.tokens)
-    room_left = room - items.get("checkpoint, mapped", 0)
-    largest = largest_microbatch(config, settings, kind, gpus, fullest, most, room_left)
+    largest = largest_microbatch(config, settings, kind, gpus, fullest, most, room)
 
     # forward and backward are three passes; a reference that is asked at every step is one more, KTO's mean reward too
     online = settings.objective in NEEDS_REFERENCE and settings.reference == "online"
