@@ -169,19 +169,21 @@ def activations(config: Config, load: Load, c: int, kind: str) -> tuple[dict[str
     """Bytes that autograd keeps of one block (all of it, and with activation checkpointing), that the block's backward
     needs on top, and that are kept between the last block and the logits."""
     d, i, w = config.hidden_size, config.intermediate_size, max(c, 4)
+    a = w if kind == "cpu" else c  # what attention computes in
     q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     # features a token, and their bytes
     per_token = [
         (2 * d, w),  # inputs of the two norms, wide
         (4 * d, c),  # of each norm: before and after its weight
-        ((3 if kind == "cpu" else 2) * q, c),  # queries, what attention returns, on a CPU also segment by segment
+        (2 * q, a),  # queries, what attention returns
+        (q * (kind == "cpu"), c),  # which on a CPU it returns segment by segment
         (config.num_attention_heads, w),  # log of attention's normaliser
         (4 * i, c),  # gate, silu(gate), up, their product
     ]
-    everything = load.tokens * sum(features * size for features, size in per_token) + load.keys * 2 * kv * c
+    everything = load.tokens * sum(features * size for features, size in per_token) + load.keys * 2 * kv * a
     backward = load.tokens * (2 * i + 2 * d) * c  # gradients of silu(gate) and up beside the product's; of the stream
     head = load.tokens * d * (w + 2 * c) + load.predicted * 2 * d * c  # the last norm; what it predicts from, gradient
-    kept = load.tokens * (d * c + q * c + config.num_attention_heads * w)  # the block's input, attention's output and normaliser
+    kept = load.tokens * (d * c + q * a + config.num_attention_heads * w)  # the block's input, attention's output and normaliser
     return {"all": everything, "recomputed": kept}, backward, head
 
 

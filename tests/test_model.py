@@ -266,7 +266,12 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="PackedAttention
 
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize(
-    "device, dtype, tolerance", [("cpu", torch.float32, 1e-5), pytest.param("cuda", torch.bfloat16, 2e-2, marks=CUDA)]
+    "device, dtype, tolerance",
+    [
+        ("cpu", torch.float32, 1e-5),
+        ("cpu", torch.bfloat16, 2.5e-3),  # of its rounding alone: float32 inside
+        pytest.param("cuda", torch.bfloat16, 2e-2, marks=CUDA),
+    ],
 )
 def test_attention_kernels(device, dtype, tolerance, window, monkeypatch):
     """Both kernels behind the attention rule, forward and backward: grouped queries, more tokens than a block."""

@@ -36,7 +36,7 @@ def planned(folder: Path, config: dict, *flags: str) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(dtype):
-    """Of one block, to 3 %: rotary tables, masks and row scales are left out of the formula."""
+    """Of one block, to 1 %: without the tables that all blocks share, and the formula leaves out the norms' scales."""
     config = Config.from_folder(ROOT / "toy" / "checkpoint")
     config = Config(**vars(config) | {"hidden_size": 256, "intermediate_size": 640, "head_dim": 32,
                                       "num_attention_heads": 8, "num_key_value_heads": 2})  # fmt: skip
@@ -49,10 +49,11 @@ def test_activations_are_what_autograd_keeps(dtype):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t
     ):
-        block(x, *rotary_table(config, torch.from_numpy(packed["positions"])), attend)
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
-    assert plan.activations(config, load, dtype.itemsize, "cpu")[0]["all"] == pytest.approx(found, rel=0.03)
+        turns = rotary_table(config, torch.from_numpy(packed["positions"]))
+        block(x, *turns, attend)
+    shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *turns, attend.mask, attend.key_index)}
+    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in shared)
+    assert plan.activations(config, load, dtype.itemsize, "cpu")[0]["all"] == pytest.approx(found, rel=0.01)
 
 
 def test_8b(tmp_path):
