@@ -36,6 +36,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +137,16 @@ def microbatch_tokens(trees: list[data.Tree], batch_size: int, microbatch: int) 
     return budget
 
 
+def padded(trees: list[data.Tree], microbatch: int) -> list[data.Tree]:
+    """What a peer computes: a row for every response, behind its prompt, and a pass's rows as long as the longest."""
+    rows = []
+    for i in range(0, len(trees), microbatch):
+        share = trees[i : i + microbatch]
+        lengths = [len(tree.prompt) + len(response) for tree in share for response in tree.responses]
+        rows += [data.Tree(np.zeros(0, int), (np.zeros(max(lengths), int),), "")] * len(lengths)
+    return rows
+
+
 def spread(values: list[float], digits: str) -> str:
     """Median (least–most)."""
     if len(values) == 1:
@@ -201,6 +212,8 @@ def describe(flags: argparse.Namespace, trees: list[data.Tree]) -> str:
     prompt = statistics.median(len(t.prompt) for t in trees)
     chosen, rejected = (statistics.median(len(t.responses[i]) for t in trees) for i in (0, 1))
     passes = -(-flags.batch_size // flags.microbatch)
+    config, steady = Config.from_folder(flags.model), trees[flags.batch_size :]
+    more = train_flops(config, padded(steady, flags.microbatch)) / train_flops(config, steady)
     return f"""{date.today()}; {device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} before; \
 Python {platform.python_version()}, {versions}.
 
@@ -208,7 +221,8 @@ Python {platform.python_version()}, {versions}.
 
 {flags.steps} steps of {flags.batch_size} pairs, the first not counted, {passes} forward passes each (here of \
 {flags.microbatch_tokens} tokens at most); medians of {prompt:.0f} tokens a prompt, {chosen:.0f} chosen, \
-{rejected:.0f} rejected, {sum(map(len, trees)) / len(trees):.0f} a pair in the mean.
+{rejected:.0f} rejected, {sum(map(len, trees)) / len(trees):.0f} a pair in the mean. Padded to rows, what is counted takes \
+{more:.2f} times the floating-point operations.
 
 """
 

@@ -50,6 +50,12 @@ def test_made_up_pairs_become_as_many_tokens_as_were_asked_for(tmp_path):
         workload.write_pairs(records, 3, tokenizer, 100, 80, tmp_path / "pairs.jsonl")
 
 
+def test_padded_rows_by_hand():
+    rows = compare.padded(trees_of((7, 5, 3), (2, 1, 11), (12, 4, 4)), microbatch=2)
+    assert [len(row) for row in rows] == [13] * 4 + [16] * 2  # the longest of two pairs: 2 + 11; alone: 12 + 4
+    assert sum(len(r) for row in rows for r in row.responses) == 4 * 13 + 2 * 16  # all of it meets the vocabulary
+
+
 def test_every_switch_computes_the_same_log_probabilities():
     model = llama.load(ROOT / "toy" / "checkpoint")
     trees = trees_of((7, 5, 3), (2, 1, 11), (12, 4, 4))
