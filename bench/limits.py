@@ -110,7 +110,6 @@ def check_data(flags: argparse.Namespace) -> None:
 
 
 def peak(flags: argparse.Namespace) -> None:
-    keep_freed_memory()  # as train.py does
     config = dataclasses.replace(SMALL, vocab_size=flags.vocabulary)
     step(random_model(config, flags.dtype, flags.device), random_trees(flags.tokens, flags.vocabulary))
     print(peak_bytes(flags.device))
@@ -126,6 +125,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     flags = parser.parse_args()
     flags.tokens = flags.tokens or (32_768 if flags.check == "tokens" else 8192)
+    keep_freed_memory()  # as train.py does
     checks[flags.check](flags)
 
 
