@@ -237,6 +237,7 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
         if settings.compile:
             for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
                 part.compile(dynamic=True)  # streams differ in length; one compilation serves them all
+        # gathered while another block computes: forward, since the CPU runs ahead; backward, since FSDP2 asks for the next
         fully_shard(block, **place, reshard_after_forward=not (settings.gather_once and trainable))
     # embedding and head: the policy's stay whole from forward to backward, a reference has no backward to wait for
     fully_shard(model, **place, reshard_after_forward=not trainable)
