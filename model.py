@@ -255,10 +255,12 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """What activation checkpointing keeps of a block: of all that it computes, attention is dearest by the byte."""
-    kept = op.name() in ("aten::_scaled_dot_product_flash_attention_for_cpu", "torch_attn::_varlen_attn")
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def kept(products: set[tuple[int, int]], context, op, *args, **kwargs) -> CheckpointPolicy:
+    """What activation checkpointing keeps of a block: attention, which of all that it computes is dearest by the byte, and
+    matrix products with weights of these shapes (features in, out)."""
+    keep = op.name() in ("aten::_scaled_dot_product_flash_attention_for_cpu", "torch_attn::_varlen_attn")
+    keep |= op.name() == "aten::mm" and tuple(args[1].shape) in products
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
@@ -268,11 +270,19 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.recompute = False  # activation checkpointing: keep the block's input and attention, make the rest again in backward
+        self.recompute = False  # activation checkpointing: keep the block's input and attention, make the rest again in backward …
+        self.kept_products: set[tuple[int, int]] = set()  # … but these
+
+    def keep_products(self, which: str) -> None:
+        """Of activation checkpointing: "none", those of "attention", or "all". down_proj's never needs to be made again."""
+        a, m = self.self_attn, self.mlp
+        attention = [a.q_proj, a.k_proj, a.v_proj, a.o_proj]
+        layers = {"none": [], "attention": attention, "all": [*attention, m.gate_proj, m.up_proj]}[which]
+        self.kept_products = {(layer.in_features, layer.out_features) for layer in layers}
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            keep = partial(create_selective_checkpoint_contexts, keep_attention)
+            keep = partial(create_selective_checkpoint_contexts, partial(kept, self.kept_products))
             return checkpoint(self.body, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
         return self.body(x, cos, sin, attend)
 

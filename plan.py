@@ -127,9 +127,11 @@ def memory(config: Config, settings: Settings, kind: str, gpus: int, load: Load)
     unsharded = m * whole * (1 - 1 / shards) if gather_once else 0  # beyond the share that is counted as gradients
     reduced = m * block * (1 + 1 / shards)
 
-    keeps, works, head = activations(config, load, c, kind)
-    waiting = head + (config.num_hidden_layers * keeps["recomputed" if settings.activation_checkpointing else "all"])
-    one = works + (keeps["all"] if settings.activation_checkpointing else 0)
+    keeps, one, head = activations(config, load, c, kind)
+    kept = settings.keep_products if settings.activation_checkpointing else "everything"
+    waiting = head + config.num_hidden_layers * keeps[kept]
+    if settings.activation_checkpointing:  # the block at work has all of it, of which it may have kept the MLP's part
+        one += keeps["everything"] - (keeps["all"] - keeps["attention"]) * (kept == "all")
     tile = min(load.predicted * config.vocab_size, max(load.predicted * LEAST_WORDS, LOGITS_TILE[kind]))
     moments = {
         "log-probs": {
@@ -166,8 +168,8 @@ def worst(moments: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def activations(config: Config, load: Load, c: int, kind: str) -> tuple[dict[str, float], float, float]:
-    """Bytes that autograd keeps of one block (all of it, and with activation checkpointing), that the block's backward
-    needs on top, and that are kept between the last block and the logits."""
+    """Bytes that autograd keeps of one block (everything, or with activation checkpointing, by `--keep-products`), that
+    the block's backward needs on top, and that are kept between the last block and the logits."""
     d, i, w = config.hidden_size, config.intermediate_size, max(c, 4)
     a = w if kind == "cpu" else c  # what attention computes in
     q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -184,7 +186,9 @@ def activations(config: Config, load: Load, c: int, kind: str) -> tuple[dict[str
     backward = load.tokens * (2 * i + 2 * d) * c  # gradients of silu(gate) and up beside the product's; of the stream
     head = load.tokens * d * (w + 2 * c) + load.predicted * 2 * d * c  # the last norm; what it predicts from, gradient
     kept = load.tokens * (d * c + q * a + config.num_attention_heads * w)  # the block's input, attention's output and normaliser
-    return {"all": everything, "recomputed": kept}, backward, head
+    attention, mlp = load.tokens * (q + 2 * kv + d) * c, load.tokens * 2 * i * c  # what their products return
+    by_products = {"none": kept, "attention": kept + attention, "all": kept + attention + mlp}
+    return {"everything": everything, **by_products}, backward, head
 
 
 def largest_microbatch(

@@ -234,6 +234,7 @@ def build_model(weights: Weights, config: Config, mesh: DeviceMesh, settings: Se
         place["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for block in model.model.layers:
         block.recompute = settings.activation_checkpointing
+        block.keep_products(settings.keep_products)
         if settings.compile:
             for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
                 part.compile(dynamic=True)  # streams differ in length; one compilation serves them all
@@ -410,7 +411,7 @@ def cached_reference(table: Tensor) -> Reference:
 RESUME_ME = 75  # exit status: stopped when told to, not done (EX_TEMPFAIL of sysexits.h)
 
 # what may change when a run goes on: results stay the same up to rounding; data is compared by its tokens
-FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing compile replicate gather_once offload out
+FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing keep_products compile replicate gather_once offload out
                  overwrite log_every eval_every save_every keep resume dry_run tensorboard wandb plan gpus gpu_memory gpu_tflops
                  mfu plan_tokens_per_pair""".split())  # fmt: skip
 

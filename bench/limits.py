@@ -4,20 +4,22 @@
     python bench/limits.py tokens        is a micro-batch of 32k tokens as cheap per token as one of 2k?
     python bench/limits.py data          how much of a step goes into planning and packing its micro-batches?
 
-Forward and backward of SimPO's loss with activation checkpointing. Peaks are of processes of their own.
+Forward and backward of SimPO's loss with activation checkpointing. Memory is what PyTorch has allocated: on a CPU
+what stays resident beside that, in glibc's holes, differs from run to run by more than what is to be seen.
 """
 
 import argparse
 import dataclasses
 import json
-import resource
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -62,18 +64,31 @@ def step(model: Llama, trees: list[data.Tree]) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(device: str) -> int:
+def peak_bytes(device: str, work: Callable[[], object]) -> int:
+    """The most bytes allocated at once of what `work` allocates, by PyTorch's own count."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def beyond_head(vocabulary: int, flags: argparse.Namespace) -> int:
-    """The most bytes that a process held during a pass over `flags.tokens`, less its head and the head's gradient."""
-    command = [sys.executable, __file__, "peak", "--tokens", str(flags.tokens), "--vocabulary", str(vocabulary)]
-    command += ["--dtype", flags.dtype, "--device", flags.device]
+    """The most bytes that model and pass over `flags.tokens` take, less the head and the head's gradient."""
+    config = dataclasses.replace(SMALL, vocab_size=vocabulary)
+
+    def work() -> None:
+        step(random_model(config, flags.dtype, flags.device), random_trees(flags.tokens, vocabulary))
+
     head = 2 * vocabulary * SMALL.hidden_size * (2 if flags.dtype == "bf16" else 4)
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) - head
+    return peak_bytes(flags.device, work) - head
 
 
 def check_vocabulary(flags: argparse.Namespace) -> None:
@@ -109,18 +124,11 @@ def check_data(flags: argparse.Namespace) -> None:
           f"work: with it the loop runs at {1 - share:.4f} of its speed without (wanted: at least 0.97)")  # fmt: skip
 
 
-def peak(flags: argparse.Namespace) -> None:
-    config = dataclasses.replace(SMALL, vocab_size=flags.vocabulary)
-    step(random_model(config, flags.dtype, flags.device), random_trees(flags.tokens, flags.vocabulary))
-    print(peak_bytes(flags.device))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    checks = {"vocabulary": check_vocabulary, "tokens": check_tokens, "data": check_data, "peak": peak}
+    checks = {"vocabulary": check_vocabulary, "tokens": check_tokens, "data": check_data}
     parser.add_argument("check", choices=checks)
     parser.add_argument("--tokens", type=int, help="in the largest micro-batch (default: 8192; 32768 for tokens)")
-    parser.add_argument("--vocabulary", type=int, default=32_000, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     flags = parser.parse_args()

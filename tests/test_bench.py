@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import compare  # noqa: E402
+import limits  # noqa: E402
 import peer  # noqa: E402
 import switches  # noqa: E402
 import workload  # noqa: E402
@@ -54,6 +55,16 @@ def test_padded_rows_by_hand():
     rows = compare.padded(trees_of((7, 5, 3), (2, 1, 11), (12, 4, 4)), microbatch=2)
     assert [len(row) for row in rows] == [13] * 4 + [16] * 2  # the longest of two pairs: 2 + 11; alone: 12 + 4
     assert sum(len(r) for row in rows for r in row.responses) == 4 * 13 + 2 * 16  # all of it meets the vocabulary
+
+
+def test_peak_is_of_what_is_allocated_at_once():
+    def work() -> None:
+        kept = torch.empty(2**20)
+        torch.empty(2**21)  # freed at once
+        (kept + 1).sum()
+        kept.exp().log()  # both, beside what they are made from
+
+    assert limits.peak_bytes("cpu", work) == pytest.approx(3 * 4 * 2**20, rel=1e-3)
 
 
 def test_every_switch_computes_the_same_log_probabilities():

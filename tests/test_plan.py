@@ -53,7 +53,7 @@ def test_activations_are_what_autograd_keeps(dtype):
         block(x, *turns, attend)
     shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *turns, attend.mask, attend.key_index)}
     found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in shared)
-    assert plan.activations(config, load, dtype.itemsize, "cpu")[0]["all"] == pytest.approx(found, rel=0.01)
+    assert plan.activations(config, load, dtype.itemsize, "cpu")[0]["everything"] == pytest.approx(found, rel=0.01)
 
 
 def test_8b(tmp_path):
@@ -68,6 +68,18 @@ def test_8b(tmp_path):
     assert eight["total"] < 40 * GIB
     copies = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--gpu-memory=80", "--replicate=2")
     assert copies["items"]["optimizer"] == 2 * eight["items"]["optimizer"]
+
+
+def test_kept_products_are_counted(tmp_path):
+    """Of Llama 3 8B, in bf16: q, k, v and o have 4096 + 2 · 1024 + 4096 features a token, gate and up 2 · 14336."""
+    plans = {which: planned(tmp_path, LLAMA3_8B, "--gpus=8", f"--keep-products={which}") for which in ("none", "attention", "all")}
+    waiting = {which: p["moments"]["log-probs"]["activations"] / p["load"].tokens for which, p in plans.items()}
+    assert waiting["attention"] - waiting["none"] == pytest.approx(32 * 2 * 10240)
+    assert waiting["all"] - waiting["attention"] == pytest.approx(32 * 2 * 28672)
+    working = {which: p["moments"]["blocks"]["activations"] / p["load"].tokens - waiting[which] for which, p in plans.items()}
+    assert working["none"] == pytest.approx(working["attention"]) == pytest.approx(working["all"] + 2 * 28672)
+    whole = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--keep-products=all", "--no-activation-checkpointing")
+    assert whole["items"] == planned(tmp_path, LLAMA3_8B, "--gpus=8", "--no-activation-checkpointing")["items"]
 
 
 def test_70b_on_64_gpus(tmp_path):
