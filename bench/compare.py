@@ -5,6 +5,7 @@
     python bench/compare.py --model DIR --shape capybara --max-length 2048     on made-up pairs of known lengths
     python bench/compare.py --model DIR --data FILE --peer self                SimPO, DPO online, DPO cached (Fig. 4d)
     python bench/compare.py --model DIR --data FILE --switches                 what each design decision brings
+    python bench/compare.py … --ours "" --ours "--keep-products all"           this project twice, with other flags
 
 Every run is a process of its own, and runs alternate (A B A B …), so that a machine that slows down slows both sides.
 The same on both sides: checkpoint, tokens, order, pairs per step, forward passes per step, dtype, activation
@@ -51,6 +52,7 @@ from train import train_flops  # noqa: E402
 
 LOSS = {"simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5}, "dpo": {"beta": 0.1}}
 LR = 1e-6
+MANY = 400  # pairs by which to judge how usual those of a comparison are
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of the first step's loss and log-probabilities: DPO's loss is ln 2
 VERSIONS = ("torch", "transformers", "trl")
 
@@ -65,8 +67,8 @@ class Contender:
     run: Callable[[Path], Run]  # in an empty folder
 
 
-def our_run(flags: argparse.Namespace, pairs: Path, objective: str, reference: str, folder: Path) -> Run:
-    """`train.py` on the pairs, and what its metrics say."""
+def our_run(flags: argparse.Namespace, pairs: Path, objective: str, reference: str, more: str, folder: Path) -> Run:
+    """`train.py` on the pairs, with `more` flags, and what its metrics say."""
     settings = {
         "model": flags.model, "data": pairs, "objective": objective, "reference": reference, "out": folder / "run",
         "dtype": flags.dtype, "device": flags.device, "max-length": flags.max_length, "batch-size": flags.batch_size,
@@ -74,7 +76,7 @@ def our_run(flags: argparse.Namespace, pairs: Path, objective: str, reference: s
     } | {name.replace("_", "-"): value for name, value in LOSS[objective].items()}  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     arguments += ["--no-shuffle"] + ["--chat-template=none"] * bool(flags.shape)
-    arguments += ["--no-activation-checkpointing"] * (not flags.activation_checkpointing) + flags.ours
+    arguments += ["--no-activation-checkpointing"] * (not flags.activation_checkpointing) + shlex.split(more)
     start(ROOT / "train.py", *arguments)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -205,15 +207,15 @@ def compare(
     return "\n".join(lines)
 
 
-def describe(flags: argparse.Namespace, trees: list[data.Tree]) -> str:
-    """What was compared, on what, where: the paragraphs above a table."""
+def describe(flags: argparse.Namespace, trees: list[data.Tree], many: list[data.Tree]) -> str:
+    """What was compared, on what, where: the paragraphs above a table. many: a larger sample of the same kind."""
     device = torch.cuda.get_device_name() if flags.device == "cuda" else f"{cpu()}, {os.cpu_count()} cores"
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS if installed(name))
     prompt = statistics.median(len(t.prompt) for t in trees)
     chosen, rejected = (statistics.median(len(t.responses[i]) for t in trees) for i in (0, 1))
     passes = -(-flags.batch_size // flags.microbatch)
-    config, steady = Config.from_folder(flags.model), trees[flags.batch_size :]
-    more = train_flops(config, padded(steady, flags.microbatch)) / train_flops(config, steady)
+    config = Config.from_folder(flags.model)
+    more = lambda trees: train_flops(config, padded(trees, flags.microbatch)) / train_flops(config, trees)
     return f"""{date.today()}; {device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} before; \
 Python {platform.python_version()}, {versions}.
 
@@ -222,7 +224,7 @@ Python {platform.python_version()}, {versions}.
 {flags.steps} steps of {flags.batch_size} pairs, the first not counted, {passes} forward passes each (here of \
 {flags.microbatch_tokens} tokens at most); medians of {prompt:.0f} tokens a prompt, {chosen:.0f} chosen, \
 {rejected:.0f} rejected, {sum(map(len, trees)) / len(trees):.0f} a pair in the mean. Padded to rows, what is counted takes \
-{more:.2f} times the floating-point operations.
+{more(trees[flags.batch_size :]):.2f} times the floating-point operations ({more(many):.2f} in {len(many)} pairs of this kind).
 
 """
 
@@ -257,8 +259,9 @@ def read_flags() -> argparse.Namespace:
     add("--rounds", type=int, default=3, metavar="N", help="runs of each side, in turns (default: 3)")
     add("--seed", type=int, default=0, help="which pairs (default: 0)")
     add("--out", type=Path, metavar="FILE", help="also append the result to this file, e.g. bench/RESULTS.md")
-    add("--ours", type=shlex.split, default=[], metavar="FLAGS", help='more flags for train.py, e.g. "--compile"')
+    add("--ours", action="append", metavar="FLAGS", help="run train.py with these flags; each --ours is a run of its own")
     flags = parser.parse_args()
+    flags.ours = flags.ours or [""]
     if flags.batch_size % flags.microbatch:
         parser.error("--batch-size: not a multiple of --microbatch")
     if flags.steps < 2:
@@ -272,17 +275,18 @@ def main() -> None:
         tokenizer = data.Tokenizer(flags.model, "" if flags.shape else None)
         count = flags.steps * flags.batch_size
         if flags.shape:
-            lengths = workload.shape_lengths(flags.shape, 2 * count, flags.seed)
+            lengths = workload.shape_lengths(flags.shape, max(2 * count, MANY), flags.seed)
             records = workload.shaped_records(tokenizer, lengths, flags.seed)
         else:
             records = workload.drawn_records(flags.data, flags.seed)
         with tempfile.TemporaryDirectory() as folder:
             pairs, longest_prompt = Path(folder) / "pairs.jsonl", min(1800, flags.max_length * 1800 // 2048)
-            trees = workload.write_pairs(records, count, tokenizer, flags.max_length, longest_prompt, pairs)
+            kept, many = workload.tokenized(records, max(count, MANY), tokenizer, flags.max_length, longest_prompt)
+            trees = workload.write_pairs(kept, many, count, pairs)
             flags.microbatch_tokens = flags.microbatch_tokens or microbatch_tokens(
                 trees, flags.batch_size, flags.microbatch
             )
-            head = describe(flags, trees)
+            head = describe(flags, trees, many)
             table = compare(flags, trees, *field(flags, pairs, trees))
     except data.DataError as e:
         sys.exit(f"compare.py: error: {e}")
@@ -303,15 +307,21 @@ def field(
     if flags.switches:
         layout = lambda variant: lambda folder: switch_run(flags, trees, variant, folder)
         return [Contender(name, layout(name)) for name in VARIANTS], [(i, 0) for i in range(1, len(VARIANTS))]
-    ours = lambda objective, reference: lambda folder: our_run(flags, pairs, objective, reference, folder)
+
+    def ours(name: str, more: str, *kind: str) -> Contender:
+        return Contender(f"{name} {more}".rstrip(), lambda folder: our_run(flags, pairs, *kind, more, folder))
+
     if flags.peer == "self":
         kinds = {"SimPO": ("simpo", "online"), "DPO online": ("dpo", "online"), "DPO cached": ("dpo", "cached")}
-        return [Contender(name, ours(*kind)) for name, kind in kinds.items()], [(0, 1), (2, 0)]
+        contenders = [ours(name, more, *kind) for more in flags.ours for name, kind in kinds.items()]
+        return contenders, [pair for i in range(0, len(contenders), 3) for pair in ((i, i + 1), (i + 2, i))]
     theirs = lambda padding_free: lambda folder: trl_run(flags, trees, padding_free, folder)
-    contenders = [Contender("this project", ours(flags.objective, flags.reference)), Contender("TRL", theirs(False))]
+    contenders = [ours("this project", more, flags.objective, flags.reference) for more in flags.ours]
+    contenders += [Contender("TRL", theirs(False))]
     if flags.objective == "dpo":
         contenders.append(Contender("TRL, padding_free", theirs(True)))
-    return contenders, [(0, i) for i in range(1, len(contenders))]
+    count = len(flags.ours)
+    return contenders, [(i, j) for i in range(count) for j in range(count, len(contenders))]
 
 
 if __name__ == "__main__":

@@ -54,19 +54,24 @@ def drawn_records(name: str, seed: int) -> list[dict]:
     return [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
 
 
-def write_pairs(
-    records: list[dict], count: int, tokenizer: Tokenizer, max_length: int, max_prompt_length: int, path: Path
-) -> list[Tree]:
-    """Write the first `count` records that survive tokenizing to `path`; returns what they became, in that order."""
+def tokenized(
+    records: list[dict], most: int, tokenizer: Tokenizer, max_length: int, max_prompt_length: int
+) -> tuple[list[dict], list[Tree]]:
+    """The first records that survive tokenizing, `most` or as many as there are, and what they became."""
     kept, trees = [], []
     for record in records:
-        if len(trees) == count:
+        if len(trees) == most:
             break
-        example = parse_record(record, str(path))[1]
+        example = parse_record(record, "a record")[1]
         tree = tokenizer.encode([example], max_length, max_prompt_length, Counter())
         trees += tree
         kept += [record] * len(tree)
+    return kept, trees
+
+
+def write_pairs(records: list[dict], trees: list[Tree], count: int, path: Path) -> list[Tree]:
+    """Write the first `count` of `tokenized` records to `path`; returns what they became, in that order."""
     if len(trees) < count:
         raise DataError(f"only {len(trees)} usable pairs, but steps × batch size = {count} are wanted")
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    return trees
+    path.write_text("".join(json.dumps(record) + "\n" for record in records[:count]))
+    return trees[:count]

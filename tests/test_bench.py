@@ -42,13 +42,14 @@ def test_made_up_pairs_become_as_many_tokens_as_were_asked_for(tmp_path):
     tokenizer = data.Tokenizer(ROOT / "toy" / "checkpoint", "")
     lengths = np.array([[5, 9, 2], [30, 3, 40]])
     records = workload.shaped_records(tokenizer, lengths, seed=0)
-    trees = workload.write_pairs(records, 2, tokenizer, 100, 80, tmp_path / "pairs.jsonl")
+    kept, many = workload.tokenized(records, 3, tokenizer, 100, 80)
+    trees = workload.write_pairs(kept, many, 2, tmp_path / "pairs.jsonl")
     bos = tokenizer.bos_id is not None
     assert [[len(t.prompt), *map(len, t.responses)] for t in trees] == [[p + bos, c, r] for p, c, r in lengths]
     again = [data.parse_record(record, where)[1] for where, record in data.read_records(str(tmp_path / "pairs.jsonl"))]
     assert [e.prompt for e in again] == [r["prompt"] for r in records]  # what train.py reads
     with pytest.raises(data.DataError, match="only 2 usable pairs"):
-        workload.write_pairs(records, 3, tokenizer, 100, 80, tmp_path / "pairs.jsonl")
+        workload.write_pairs(kept, many, 3, tmp_path / "pairs.jsonl")
 
 
 def test_padded_rows_by_hand():
