@@ -49,6 +49,12 @@ SLACK = {"cuda": 0.05, "cpu": 0.03}
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """By the data sheet, a second; None for a CPU and for a GPU that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
 def train_flops(config: Config, trees: list[Tree]) -> float:
     """Floating-point operations of forward and backward that the mathematics needs: 6 per weight and token, 12 per
     feature of a visible query-key pair; recomputation does not count, nor positions that meet no vocabulary."""
@@ -258,7 +264,7 @@ def machine(settings: Settings) -> tuple[str, int, float, float | None, str]:
     elif torch.cuda.is_available():
         gpus, kind = settings.gpus or torch.cuda.device_count(), "cuda"
         here, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
-        peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+        peak = peak_flops(torch.device("cuda"))
     else:
         gpus, here, name, peak, kind = settings.gpus or 1, 80 * GIB, "H100", PEAK_FLOPS["H100"], "cuda"
     room = here if settings.gpu_memory is None else settings.gpu_memory * GIB

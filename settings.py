@@ -125,7 +125,8 @@ class Settings:
     keep_products: str = option(
         "none",
         "with activation checkpointing, matrix products that are kept all the same: attention's, about a third of those made "
-        "again, or all; of Llama 3 8B in bf16 they take 0.66 or 2.5 GB per 1,000 tokens of --microbatch-tokens",
+        "again, or all (but an MLP's under --compile); of Llama 3 8B in bf16 they take 0.66 or 2.5 GB per 1,000 tokens of "
+        "--microbatch-tokens",
         ("none", "attention", "all"),
     )
     gather_once: bool = option(

@@ -58,7 +58,7 @@ import model as llama
 from baselines import cpo_loss, ipo_loss, kto_loss, orpo_loss, rdpo_loss, rrhf_loss, slic_loss
 from data import Tokenizer, Tree
 from model import CheckpointError, Config, Llama, Weights
-from plan import PEAK_FLOPS, micro_batches, print_plan, train_flops
+from plan import micro_batches, peak_flops, print_plan, train_flops
 from sample import generate
 from settings import HYPERPARAMETERS, NEEDS_REFERENCE, SECTIONS, Settings, read_settings
 from simpo import dpo_loss, simpo_loss
@@ -624,9 +624,7 @@ def peak_memory_gib(device: torch.device) -> float:
 def speed(config: Config, trees: list[Tree], seconds: float, device: torch.device) -> dict[str, float]:
     """Rates over all processes, and the share of known GPUs' peak that went into the mathematics (MFU)."""
     rates = {"tokens_per_second": sum(map(len, trees)) / seconds, "pairs_per_second": len(trees) / seconds}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-    if peak:
+    if peak := peak_flops(device):
         rates["mfu"] = train_flops(config, trees) / seconds / peak / dist.get_world_size()
     return rates
 

@@ -3,6 +3,7 @@
     python bench/compare.py --model DIR --data FILE --objective simpo          this project and TRL's CPOTrainer
     python bench/compare.py --model DIR --data FILE --objective dpo            … and TRL's DPOTrainer
     python bench/compare.py --model DIR --shape capybara --max-length 2048     on made-up pairs of known lengths
+    python bench/compare.py --random llama3-8b --shape ultrafeedback           on random weights of that shape, too
     python bench/compare.py --model DIR --data FILE --peer self                SimPO, DPO online, DPO cached (Fig. 4d)
     python bench/compare.py --model DIR --data FILE --switches                 what each design decision brings
     python bench/compare.py … --ours "" --ours "--keep-products all"           this project twice, with other flags
@@ -18,7 +19,8 @@ bf16 means float32 master weights and bfloat16 arithmetic on both sides: FSDP2's
 adds its small steps to bfloat16 weights, which is other mathematics.
 
 "Of the ceiling": floating-point operations that the mathematics needs (each prompt once, no recomputation, the policy
-alone; `train.train_flops`) per second, as a share of what one large matrix product reached between the runs.
+alone; `train.train_flops`) per second, as a share of what one large matrix product reached between the runs; MFU: as a
+share of what the GPU's data sheet promises.
 """
 
 import argparse
@@ -48,7 +50,7 @@ import workload  # noqa: E402
 from model import Config  # noqa: E402
 from switches import VARIANTS  # noqa: E402
 from tokenizing import cpu  # noqa: E402
-from train import train_flops  # noqa: E402
+from plan import peak_flops, train_flops  # noqa: E402
 
 LOSS = {"simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5}, "dpo": {"beta": 0.1}}
 LR = 1e-6
@@ -176,18 +178,21 @@ def compare(
                 mine[-1]["pairs"] = len(steady) / sum(mine[-1]["seconds"][1:])
                 print(f"round {round + 1}: {contender.name}: {mine[-1]['pairs']:.4f} pairs/s", file=sys.stderr)
     ceiling = max(ceilings)
-    lines = ["| | pairs/s | response tokens/s | peak GiB | of the ceiling | loss of step 1 |"]
-    lines += ["|---|---|---|---|---|---|"]
+    promised = peak_flops(torch.device(flags.device))
+    mfu = " | MFU" if promised else ""
+    lines = [f"| | pairs/s | response tokens/s | peak GiB | of the ceiling{mfu} | loss of step 1 |"]
+    lines += ["|---" * (7 if promised else 6) + "|"]
     for contender, mine in zip(contenders, runs):
         if "unavailable" in mine[-1]:
             lines.append(f"| {contender.name} | – not run: {mine[-1]['unavailable']} | | | | |")
             continue
         rate = [run["pairs"] for run in mine]
         tokens = statistics.median(rate) * answers / len(steady)
-        share = statistics.median(rate) * flops / len(steady) / ceiling
+        reached = statistics.median(rate) * flops / len(steady)
+        shares = " | ".join(f"{reached / most:.0%}" for most in (ceiling, promised) if most)
         loss = mine[0]["loss"]
         peaks = spread([run["peak_gib"] for run in mine], ".2f")
-        numbers = f"{spread(rate, '.4f')} | {tokens:.0f} | {peaks} | {share:.0%} | {loss:.6f}"
+        numbers = f"{spread(rate, '.4f')} | {tokens:.0f} | {peaks} | {shares} | {loss:.6f}"
         lines.append(f"| {contender.name} | {numbers} |")
     lines += ["", f"Ceiling: {ceiling / 1e9:.0f} GFLOP/s in {flags.dtype}. {flags.rounds} rounds: median (least–most)."]
     for a, b in comparisons:
@@ -239,7 +244,9 @@ def installed(name: str) -> bool:
 def read_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder")
+    model.add_argument("--random", choices=workload.MODELS, help="random weights of this shape; goes with --shape")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="FILE", help="pairs, in any format that train.py reads, in a seeded order")
     source.add_argument("--shape", choices=workload.SHAPES, help="made-up pairs with this set's lengths")
@@ -262,6 +269,8 @@ def read_flags() -> argparse.Namespace:
     add("--ours", action="append", metavar="FLAGS", help="run train.py with these flags; each --ours is a run of its own")
     flags = parser.parse_args()
     flags.ours = flags.ours or [""]
+    if flags.random and not flags.shape:
+        parser.error("--random: its tokenizer is the toy's, whose words only --shape knows")
     if flags.batch_size % flags.microbatch:
         parser.error("--batch-size: not a multiple of --microbatch")
     if flags.steps < 2:
@@ -272,14 +281,17 @@ def read_flags() -> argparse.Namespace:
 def main() -> None:
     flags = read_flags()
     try:
-        tokenizer = data.Tokenizer(flags.model, "" if flags.shape else None)
-        count = flags.steps * flags.batch_size
-        if flags.shape:
-            lengths = workload.shape_lengths(flags.shape, max(2 * count, MANY), flags.seed)
-            records = workload.shaped_records(tokenizer, lengths, flags.seed)
-        else:
-            records = workload.drawn_records(flags.data, flags.seed)
         with tempfile.TemporaryDirectory() as folder:
+            if flags.random:
+                flags.model = Path(folder) / flags.random
+                workload.random_checkpoint(flags.model, workload.MODELS[flags.random])
+            tokenizer = data.Tokenizer(flags.model, "" if flags.shape else None)
+            count = flags.steps * flags.batch_size
+            if flags.shape:
+                lengths = workload.shape_lengths(flags.shape, max(2 * count, MANY), flags.seed)
+                records = workload.shaped_records(tokenizer, lengths, flags.seed)
+            else:
+                records = workload.drawn_records(flags.data, flags.seed)
             pairs, longest_prompt = Path(folder) / "pairs.jsonl", min(1800, flags.max_length * 1800 // 2048)
             kept, many = workload.tokenized(records, max(count, MANY), tokenizer, flags.max_length, longest_prompt)
             trees = workload.write_pairs(kept, many, count, pairs)

@@ -44,11 +44,9 @@ def random_trees(tokens: int, vocabulary: int) -> list[data.Tree]:
 
 
 def random_model(config: Config, dtype: str, device: str) -> Llama:
-    torch.manual_seed(0)
-    model = Llama(config).to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:  # as models begin; with PyTorch's N(0, 1) embeddings most probabilities are denormal, and slow
-            torch.nn.init.normal_(parameter, std=0.02)
+    with torch.device("meta"):
+        model = Llama(config).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    workload.fill(model.to_empty(device=device))
     for block in model.model.layers:
         block.recompute = True
     return model

@@ -13,13 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from model import COMPANIONS, Config, Llama  # noqa: E402
+import workload  # noqa: E402
 from plan import GIB, plan  # noqa: E402
 from settings import read_settings  # noqa: E402
 
@@ -36,14 +33,8 @@ GRID = [
 
 
 def write_inputs(folder: Path, shape: dict) -> list[str]:
-    """A random model of that shape with the toy's tokenizer, and pairs of some 200 tokens; returns the flags of a run."""
-    for pattern in COMPANIONS:
-        for path in (ROOT / "toy" / "checkpoint").glob(pattern):
-            (folder / path.name).write_bytes(path.read_bytes())
-    special = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k.endswith("_token_id")}
-    (folder / "config.json").write_text(json.dumps(shape | special))
-    model = Llama(Config.from_folder(folder)).to(torch.bfloat16)
-    save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    """A random model of that shape, and pairs of some 200 tokens; returns the flags of a run."""
+    workload.random_checkpoint(folder, shape)
     words = "a b c d e f g h".split()
     text = lambda i, n: " ".join(words[(i * j + j // 7) % 8] for j in range(n))
     pairs = [{"prompt": text(i, 30), "chosen": text(i + 1, 80), "rejected": text(i + 2, 90)} for i in range(64)]

@@ -1,25 +1,66 @@
-"""The pairs that a comparison runs on: drawn from a file, or made up with the lengths of a known set.
+"""What a comparison runs on: pairs drawn from a file, or made up with the lengths of a known set; random checkpoints.
 
 Both sides of a comparison get the very same tokens: this project reads a .jsonl of records, and its peers are handed
 the ids that `data.Tokenizer` makes of that file.
 """
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import DataError, Dropped, Tokenizer, Tree, parse_record, read_records  # noqa: E402
+from model import COMPANIONS, Config, Llama  # noqa: E402
 
 # Median tokens of a prompt and one response together, and prompt : response; README of frankxwang/dpo-prefix-sharing
 # (its "overall length" read as one path: only so do UltraFeedback's responses get the some 290 tokens that they have)
 SHAPES = {"ultrafeedback": (409, 0.42), "hh-rlhf": (186, 2.15), "capybara": (1160, 1.59)}
 SPREAD = 0.5  # lengths are lognormal around their medians: two thirds of them within a factor of e^0.5 = 1.65
+
+# Checkpoints that need no download, in the words of their config.json
+MODELS = {
+    "llama3-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
+    },
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def fill(model: Llama) -> None:
+    """Weights as models begin; with PyTorch's N(0, 1) embeddings most probabilities would be denormal, and slow."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else torch.nn.init.ones_(parameter)
+
+
+def random_checkpoint(folder: Path, shape: dict) -> None:
+    """Write a checkpoint with random weights, in bfloat16, and the toy's tokenizer."""
+    toy = ROOT / "toy" / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    for path in {path for pattern in COMPANIONS for path in toy.glob(pattern)}:
+        shutil.copyfile(path, folder / path.name)
+    ends = {key: value for key, value in json.loads((toy / "config.json").read_text()).items() if key.endswith("_token_id")}
+    (folder / "config.json").write_text(json.dumps(shape | ends))
+    with torch.device("meta"):
+        model = Llama(Config.from_folder(folder)).to(torch.bfloat16)
+    fill(model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu"))
+    save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    del model
+    torch.cuda.empty_cache()
 
 
 def shape_lengths(shape: str, count: int, seed: int) -> np.ndarray:

@@ -20,6 +20,7 @@ import limits  # noqa: E402
 import peer  # noqa: E402
 import switches  # noqa: E402
 import workload  # noqa: E402
+from train import response_logps  # noqa: E402
 
 
 def trees_of(*shapes: tuple[int, int, int]) -> list[Tree]:
@@ -50,6 +51,19 @@ def test_made_up_pairs_become_as_many_tokens_as_were_asked_for(tmp_path):
     assert [e.prompt for e in again] == [r["prompt"] for r in records]  # what train.py reads
     with pytest.raises(data.DataError, match="only 2 usable pairs"):
         workload.write_pairs(kept, many, 3, tmp_path / "pairs.jsonl")
+
+
+def test_a_random_checkpoint_can_be_trained(tmp_path):
+    """From the shape alone: config.json, weights as models begin, the toy's tokenizer; a loss near what chance gives."""
+    shape = workload.MODELS["smollm2-135m"] | {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2,
+                                               "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    workload.random_checkpoint(tmp_path / "model", shape)
+    model, tokenizer = llama.load(tmp_path / "model"), data.Tokenizer(tmp_path / "model", "")
+    tokenizer.check_fits(model.config.vocab_size)
+    assert model.config.rope_theta == 100000.0 and model.model.norm.weight.eq(1).all()
+    assert model.model.layers[1].mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.05)
+    logps, lengths = response_logps(model, trees_of((7, 5, 3), (2, 1, 11)))
+    assert (logps / lengths).mean().item() == pytest.approx(-np.log(1000), rel=0.02)
 
 
 def test_padded_rows_by_hand():

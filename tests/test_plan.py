@@ -17,13 +17,10 @@ from settings import read_settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 import plan_check  # noqa: E402
+import workload  # noqa: E402
 
 GIB = 2**30
-LLAMA3_8B = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
-    "max_position_embeddings": 8192,
-}  # fmt: skip
+LLAMA3_8B = workload.MODELS["llama3-8b"]
 LLAMA3_70B = LLAMA3_8B | {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64
 }  # fmt: skip
