@@ -411,9 +411,9 @@ def cached_reference(table: Tensor) -> Reference:
 RESUME_ME = 75  # exit status: stopped when told to, not done (EX_TEMPFAIL of sysexits.h)
 
 # what may change when a run goes on: results stay the same up to rounding; data is compared by its tokens
-FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing keep_products compile replicate gather_once offload out
-                 overwrite log_every eval_every save_every keep resume dry_run tensorboard wandb plan gpus gpu_memory gpu_tflops
-                 mfu plan_tokens_per_pair""".split())  # fmt: skip
+FREE = frozenset("""chat_template device microbatch_tokens activation_checkpointing keep_products compile replicate gather_once
+                 offload out overwrite log_every eval_every save_every keep resume dry_run tensorboard wandb plan gpus gpu_memory
+                 gpu_tflops mfu plan_tokens_per_pair""".split())  # fmt: skip
 
 
 def identity(settings: Settings, source: Path, trees: list[Tree], held_out: list[Tree]) -> dict:

@@ -48,9 +48,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import data  # noqa: E402
 import workload  # noqa: E402
 from model import Config  # noqa: E402
+from plan import peak_flops, train_flops  # noqa: E402
 from switches import VARIANTS  # noqa: E402
 from tokenizing import cpu  # noqa: E402
-from plan import peak_flops, train_flops  # noqa: E402
 
 LOSS = {"simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5}, "dpo": {"beta": 0.1}}
 LR = 1e-6

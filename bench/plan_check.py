@@ -34,12 +34,12 @@ GRID = [
 
 def write_inputs(folder: Path, shape: dict) -> list[str]:
     """A random model of that shape, and pairs of some 200 tokens; returns the flags of a run."""
-    workload.random_checkpoint(folder, shape)
+    workload.random_checkpoint(folder / "model", shape)
     words = "a b c d e f g h".split()
     text = lambda i, n: " ".join(words[(i * j + j // 7) % 8] for j in range(n))
     pairs = [{"prompt": text(i, 30), "chosen": text(i + 1, 80), "rejected": text(i + 2, 90)} for i in range(64)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return [f"--model={folder}", f"--data={folder / 'pairs.jsonl'}", "--batch-size=8", "--microbatch-tokens=1600"]
+    return [f"--model={folder / 'model'}", f"--data={folder / 'pairs.jsonl'}", "--batch-size=8", "--microbatch-tokens=1600"]
 
 
 def foreseen_and_taken(flags: list[str]) -> tuple[float, float]:

@@ -7,18 +7,18 @@ the ids that `data.Tokenizer` makes of that file.
 import json
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import DataError, Dropped, Tokenizer, Tree, parse_record, read_records  # noqa: E402
-from model import COMPANIONS, Config, Llama  # noqa: E402
+from model import Config, Llama, save  # noqa: E402
 
 # Median tokens of a prompt and one response together, and prompt : response; README of frankxwang/dpo-prefix-sharing
 # (its "overall length" read as one path: only so do UltraFeedback's responses get the some 290 tokens that they have)
@@ -48,17 +48,17 @@ def fill(model: Llama) -> None:
 
 
 def random_checkpoint(folder: Path, shape: dict) -> None:
-    """Write a checkpoint with random weights, in bfloat16, and the toy's tokenizer."""
-    toy = ROOT / "toy" / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    for path in {path for pattern in COMPANIONS for path in toy.glob(pattern)}:
-        shutil.copyfile(path, folder / path.name)
-    ends = {key: value for key, value in json.loads((toy / "config.json").read_text()).items() if key.endswith("_token_id")}
-    (folder / "config.json").write_text(json.dumps(shape | ends))
-    with torch.device("meta"):
-        model = Llama(Config.from_folder(folder)).to(torch.bfloat16)
-    fill(model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu"))
-    save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    """Write the new `folder`: a checkpoint with random weights, in bfloat16, and the toy's tokenizer."""
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name)
+        shutil.copytree(ROOT / "toy" / "checkpoint", source, dirs_exist_ok=True)
+        toy = json.loads((source / "config.json").read_text())
+        ends = {key: value for key, value in toy.items() if key.endswith("_token_id")}
+        (source / "config.json").write_text(json.dumps(shape | ends))
+        with torch.device("meta"):
+            model = Llama(Config.from_folder(source)).to(torch.bfloat16)
+        fill(model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu"))
+        save(model, source, folder, torch.bfloat16)
     del model
     torch.cuda.empty_cache()
 

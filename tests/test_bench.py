@@ -43,6 +43,7 @@ def test_made_up_pairs_become_as_many_tokens_as_were_asked_for(tmp_path):
     tokenizer = data.Tokenizer(ROOT / "toy" / "checkpoint", "")
     lengths = np.array([[5, 9, 2], [30, 3, 40]])
     records = workload.shaped_records(tokenizer, lengths, seed=0)
+    assert len(workload.tokenized(records, 1, tokenizer, 100, 80)[1]) == 1
     kept, many = workload.tokenized(records, 3, tokenizer, 100, 80)
     trees = workload.write_pairs(kept, many, 2, tmp_path / "pairs.jsonl")
     bos = tokenizer.bos_id is not None
