@@ -1,33 +1,34 @@
 """SimPO and DPO, side by side: the mathematics, and nothing else.
 
-Both methods say how probable it is that a human prefers the chosen response to the rejected one (Bradley and Terry's
-model: the sigmoid of a difference of rewards) and lower the negative log of that probability. They differ in what
-they call a reward:
+Both methods model how probable it is that a human prefers the chosen response to the rejected one
+(Bradley and Terry: the sigmoid of a difference of rewards) and minimise the negative log of that
+probability. They differ in what they call a reward:
 
-    DPO    r = β · log( π(y|x) / π_ref(y|x) )        how much likelier than under the reference model
-    SimPO  r = β · log π(y|x) / |y|                  how likely per token, without a reference model,
-                                                     and the chosen must win by a margin γ
+    DPO    r = β · log( π(y|x) / π_ref(y|x) )     how much likelier than under the reference model
+    SimPO  r = β · log π(y|x) / |y|               how likely per token, without a reference model,
+                                                  and the chosen must win by a margin γ
 
-SimPO's reward is, up to β, the very quantity that guides generation: the average log-probability. That is the point of
-the paper: what is trained is what is sampled from.
+DPO's reward is the one for which the policy is optimal if leaving π_ref costs a KL penalty; π_ref
+must be kept. SimPO defines its reward directly: apart from the factor β it is the average
+log-probability, by which decoding ranks responses. What is trained is what generation goes by.
 
-    paper      here                       unit              shape
-    -----      ----                       ----              -----
-    log π      chosen_logps,              nats, a sum       [pairs]    log-probability of the whole response:
-               rejected_logps                                          a sum over its tokens, never an average
-    |y|        chosen_lengths,            tokens            [pairs]    tokens that the sum ran over
-               rejected_lengths
-    r          chosen_rewards,            –                 [pairs]
-               rejected_rewards
-    L          losses                     nats              [pairs]    one per pair; the caller averages
-    β          beta                       1/nats (DPO),     scalar     how fast reward grows with log-probability
-                                          tokens/nats (SimPO)
-    γ          gamma                      –                 scalar     target reward margin, in units of reward; the
-                                                                       paper tunes γ/β (`--gamma-beta-ratio`), γ = ratio · β
-    σ          logsigmoid                 –                 –
+    paper  here              unit                 shape
+    -----  ----              ----                 -----
+    log π  chosen_logps,     nats, a sum          [pairs]  log-probability of the whole response:
+           rejected_logps                                  a sum over its tokens, not an average
+    |y|    chosen_lengths,   tokens               [pairs]  number of tokens in that sum
+           rejected_lengths
+    r      chosen_rewards,   –                    [pairs]
+           rejected_rewards
+    L      losses            nats                 [pairs]  one per pair; the caller averages
+    β      beta              1/nats (DPO),        scalar   how fast reward grows with log π
+                             tokens/nats (SimPO)
+    γ      gamma             –                    scalar   target reward margin, in units of reward;
+                                                           `--gamma-beta-ratio` is the paper's γ/β
+    σ      logsigmoid        –                    –
 
-Sources: SimPO, Meng, Xia and Chen 2024, arXiv 2405.14734. DPO, Rafailov et al. 2023, arXiv 2305.18290; equation
-numbers below are the SimPO paper's.
+Sources: SimPO, Meng, Xia and Chen 2024, arXiv 2405.14734. DPO, Rafailov et al. 2023, arXiv
+2305.18290. Equation numbers below are the SimPO paper's.
 """
 
 import torch.nn.functional as F
@@ -44,18 +45,19 @@ def simpo_loss(
     label_smoothing: float = 0.0,
     length_normalized: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """SimPO (Eq. 6). All tensors are `[pairs]`; log-probabilities are sums in nats, lengths are in tokens.
+    """Compute SimPO (Eq. 6). Tensors are [pairs]; log-probabilities are sums, in nats.
 
-    `gamma` is the absolute margin. `length_normalized=False` and `gamma=0` are the paper's two ablations (Table 5).
-    Returns `(losses, chosen_rewards, rejected_rewards)`; the rewards carry no gradient.
+    `gamma` is the absolute margin. `length_normalized=False` and `gamma=0` are the paper's two
+    ablations (Table 5). Returns (losses, chosen_rewards, rejected_rewards), the rewards detached.
     """
-    _assert_same_shape(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    assert_same_shape(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
     if not length_normalized:
         chosen_lengths = rejected_lengths = 1
     chosen_rewards = beta * chosen_logps / chosen_lengths  # Eq. 4
     rejected_rewards = beta * rejected_logps / rejected_lengths
     logits = chosen_rewards - rejected_rewards - gamma  # Eq. 5, the argument of σ
-    return _preference_nll(logits, label_smoothing), chosen_rewards.detach(), rejected_rewards.detach()  # Eq. 6
+    losses = _preference_nll(logits, label_smoothing)  # Eq. 6
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
 def dpo_loss(
@@ -66,28 +68,33 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO (Eq. 2). All tensors are `[pairs]`, log-probabilities are sums in nats.
+    """Compute DPO (Eq. 2). Tensors are [pairs]; log-probabilities are sums, in nats.
 
-    Where policy and reference agree, as at the first step, every loss is ln 2.
-    Returns `(losses, chosen_rewards, rejected_rewards)`; the rewards carry no gradient.
+    Where policy and reference agree, as at the first step, every loss is ln 2. Returns (losses,
+    chosen_rewards, rejected_rewards), the rewards detached.
     """
-    _assert_same_shape(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # Eq. 1, without log Z(x): it cancels in the difference
-    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
+    assert_same_shape(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # Eq. 1 without its β log Z(x)
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)  # … equal for both
     logits = chosen_rewards - rejected_rewards  # the argument of σ in Eq. 2
-    return _preference_nll(logits, label_smoothing), chosen_rewards.detach(), rejected_rewards.detach()
+    losses = _preference_nll(logits, label_smoothing)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
 def _preference_nll(logits: Tensor, label_smoothing: float) -> Tensor:
-    """−log σ(logits), in nats; with label smoothing ε, labels that are wrong with probability ε (conservative DPO).
+    """Return the expected −log σ, in nats, if each label is wrong with this probability.
 
-    `logsigmoid` never forms σ itself, so the value and its gradient stay finite however large the logits.
+    `logsigmoid` never forms σ itself, so value and gradient stay finite for all finite logits.
     """
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    log_right, log_wrong = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return -(1 - label_smoothing) * log_right - label_smoothing * log_wrong
 
 
-def _assert_same_shape(*tensors: Tensor) -> None:
-    """Broadcasting [pairs] against [pairs, 1] would silently compare every pair with every other."""
-    assert len({t.shape for t in tensors}) == 1, (
-        f"one number per pair in each tensor, not {[tuple(t.shape) for t in tensors]}"
-    )
+def assert_same_shape(*tensors: Tensor) -> None:
+    """Check shapes: [pairs] against [pairs, 1] would compare every pair with every other."""
+    shapes = [tuple(t.shape) for t in tensors]
+    assert len(set(shapes)) == 1, f"one number per pair in each tensor, not {shapes}"
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -1,26 +1,35 @@
-"""How fast and how lean, side by side: this project and TRL, or SimPO and DPO, on the same pairs in the same run.
+"""Compare speed and memory: this project with TRL, or SimPO with DPO, on the same pairs.
 
-    python bench/compare.py --model DIR --data FILE --objective simpo          this project and TRL's CPOTrainer
-    python bench/compare.py --model DIR --data FILE --objective dpo            … and TRL's DPOTrainer
-    python bench/compare.py --model DIR --shape capybara --max-length 2048     on made-up pairs of known lengths
-    python bench/compare.py --random llama3-8b --shape ultrafeedback           on random weights of that shape, too
-    python bench/compare.py --model DIR --data FILE --peer self                SimPO, DPO online, DPO cached (Fig. 4d)
-    python bench/compare.py --model DIR --data FILE --switches                 what each design decision brings
-    python bench/compare.py … --ours "" --ours "--keep-products all"           this project twice, with other flags
+    python bench/compare.py --model DIR --data FILE --objective simpo
+        this project and TRL's CPOTrainer
+    python bench/compare.py --model DIR --data FILE --objective dpo
+        this project and TRL's DPOTrainer
+    python bench/compare.py --model DIR --shape capybara --max-length 2048
+        on made-up pairs of known lengths
+    python bench/compare.py --random llama3-8b --shape ultrafeedback
+        on random weights of that shape, too
+    python bench/compare.py --model DIR --data FILE --peer self
+        SimPO, DPO online and DPO cached (Fig. 4d)
+    python bench/compare.py --model DIR --data FILE --switches
+        what each design decision brings
+    python bench/compare.py … --ours "" --ours "--keep-products all"
+        this project twice, with other flags
 
-Every run is a process of its own, and runs alternate (A B A B …), so that a machine that slows down slows both sides.
-The same on both sides: checkpoint, tokens, order, pairs per step, forward passes per step, dtype, activation
-checkpointing, AdamW. Ours is `train.py` itself, timed by its own metrics.jsonl. The first step of a run warms up and is
-not counted; nor are loading, tokenizing, saving, and a cached reference's pass before training. Memory is the most that
-the process ever held until its last step: resident on a CPU, allocated on a GPU.
+Every run is a process of its own. Runs alternate (A B A B …), so that a machine that slows down
+slows both sides. Both sides share the checkpoint, tokens, their order, pairs per step, forward
+passes per step, dtype, activation checkpointing and AdamW. Ours is `train.py` itself, timed by its
+own metrics.jsonl. The first step of a run is a warm-up and not counted. Loading, tokenizing, saving
+and the pass that fills a cached reference are not counted either. Memory is the most that the
+process held until its last step: resident on a CPU, allocated on a GPU.
 
-bf16 means float32 master weights and bfloat16 arithmetic on both sides: FSDP2's mixed precision here, autocast in TRL
-(`bf16=True` on weights loaded in float32). `--trl-weights bf16` loads TRL's weights in bfloat16: leaner, but AdamW then
-adds its small steps to bfloat16 weights, which is other mathematics.
+bf16 means float32 master weights and bfloat16 arithmetic on both sides. That is FSDP2's mixed
+precision in this project and autocast in TRL (`bf16=True` on weights loaded in float32).
+`--trl-weights bf16` loads TRL's weights in bfloat16. That takes less memory, but AdamW then adds
+its small steps to bfloat16 weights, which is other mathematics.
 
-"Of the ceiling": floating-point operations that the mathematics needs (each prompt once, no recomputation, the policy
-alone; `train.train_flops`) per second, as a share of what one large matrix product reached between the runs; MFU: as a
-share of what the GPU's data sheet promises.
+"Of the ceiling" counts the floating-point operations that the mathematics needs (`train_flops` in
+model.py): each prompt once, no recomputation, the policy alone. They are a share of what one large
+matmul reached between the runs; MFU is a share of the GPU's data sheet.
 """
 
 import argparse
@@ -36,6 +45,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,21 +55,28 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import data  # noqa: E402
-import workload  # noqa: E402
-from model import Config  # noqa: E402
-from plan import peak_flops, train_flops  # noqa: E402
-from switches import VARIANTS  # noqa: E402
-from tokenizing import cpu  # noqa: E402
+from switches import VARIANTS
+from tokenizing import cpu
+
+import workload
+from data import Pair, assign
+from formats.checkpoint import read_config
+from formats.errors import InputError
+from formats.tokenizer import Tokenizer
+from methods.objectives import OBJECTIVES
+from model import Config, train_flops
+from runtime.plan import peak_flops
 
 LOSS = {"simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5}, "dpo": {"beta": 0.1}}
 LR = 1e-6
-MANY = 400  # pairs by which to judge how usual those of a comparison are
-AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of the first step's loss and log-probabilities: DPO's loss is ln 2
+MANY = 400  # pairs that show how usual those of a comparison are
+# Relative difference of the first step's loss and log-probabilities; DPO's loss is ln 2 there.
+AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}
 VERSIONS = ("torch", "transformers", "trl")
 
-# seconds of every step; loss and logps (of chosen and rejected, in the mean; per token for SimPO) of the first;
-# peak_gib. Or `unavailable`: why there is no run.
+# A dict with `seconds` of every step, `loss` and `logps` of the first, and `peak_gib`; or with
+# `unavailable`, the reason why there is no run. logps: mean chosen and rejected log-probabilities,
+# per token for SimPO.
 Run = dict
 
 
@@ -69,60 +86,95 @@ class Contender:
     run: Callable[[Path], Run]  # in an empty folder
 
 
-def our_run(flags: argparse.Namespace, pairs: Path, objective: str, reference: str, more: str, folder: Path) -> Run:
-    """`train.py` on the pairs, with `more` flags, and what its metrics say."""
+# --------------------------------------------------------------------------------------------------
+# One run
+
+
+def our_run(
+    flags: argparse.Namespace,
+    pairs_file: Path,
+    objective: str,
+    reference: str,
+    more: str,
+    folder: Path,
+) -> Run:
+    """Run `train.py` on the pairs, with `more` flags, and read its metrics."""
     settings = {
-        "model": flags.model, "data": pairs, "objective": objective, "reference": reference, "out": folder / "run",
-        "dtype": flags.dtype, "device": flags.device, "max-length": flags.max_length, "batch-size": flags.batch_size,
-        "microbatch-tokens": flags.microbatch_tokens, "lr": LR, "lr-schedule": "constant", "warmup-ratio": 0.0,
-    } | {name.replace("_", "-"): value for name, value in LOSS[objective].items()}  # fmt: skip
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
+        "model": flags.model,
+        "data": pairs_file,
+        "objective": objective,
+        "out": folder / "run",
+        "dtype": flags.dtype,
+        "device": flags.device,
+        "max_length": flags.max_length,
+        "batch_size": flags.batch_size,
+        "microbatch_tokens": flags.microbatch_tokens,
+        "lr": LR,
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+        **LOSS[objective],
+    }
+    if OBJECTIVES[objective].needs_reference:
+        settings["reference"] = reference
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     arguments += ["--no-shuffle"] + ["--chat-template=none"] * bool(flags.shape)
-    arguments += ["--no-activation-checkpointing"] * (not flags.activation_checkpointing) + shlex.split(more)
-    start(ROOT / "train.py", *arguments)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    arguments += ["--no-activation-checkpointing"] * (not flags.activation_checkpointing)
+    start(ROOT / "train.py", *arguments, *shlex.split(more))
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    logps = "avg_logps" if objective == "simpo" else "logps"
     return {
         "seconds": [flags.batch_size / row["pairs_per_second"] for row in rows],
         "loss": rows[0]["loss"],
-        "logps": [rows[0]["avg_" * (objective == "simpo") + f"logps/{name}"] for name in ("chosen", "rejected")],
+        "logps": [rows[0][f"{logps}/{name}"] for name in ("chosen", "rejected")],
         "peak_gib": rows[-1]["peak_memory_gib"],
     }
 
 
-def trl_run(flags: argparse.Namespace, trees: list[data.Tree], padding_free: bool, folder: Path) -> Run:
-    """TRL's trainer on the same tokens, see peer.py."""
+def trl_run(flags: argparse.Namespace, pairs: list[Pair], padding_free: bool, folder: Path) -> Run:
+    """Run TRL's trainer on the same tokens, see peer.py."""
     if padding_free and flags.device == "cpu":
         return {"unavailable": "it needs FlashAttention, which needs a GPU"}
-    more = {"lr": LR, "loss": LOSS[flags.objective], "weights": flags.trl_weights, "padding_free": padding_free}
-    start(ROOT / "bench" / "peer.py", write_job(flags, trees, folder, more), folder / "result.json")
+    more = {"lr": LR, "loss": LOSS[flags.objective], "weights": flags.trl_weights}
+    job = write_job(flags, pairs, folder, more | {"padding_free": padding_free})
+    start(ROOT / "bench" / "peer.py", job, folder / "result.json")
     return json.loads((folder / "result.json").read_text())
 
 
-def switch_run(flags: argparse.Namespace, trees: list[data.Tree], variant: str, folder: Path) -> Run:
-    """Forward and backward in one of the layouts of switches.py."""
-    return json.loads(start(ROOT / "bench" / "switches.py", variant, write_job(flags, trees, folder)).splitlines()[-1])
+def switch_run(flags: argparse.Namespace, pairs: list[Pair], variant: str, folder: Path) -> Run:
+    """Run forward and backward in one of the variants of switches.py."""
+    job = write_job(flags, pairs, folder)
+    return json.loads(start(ROOT / "bench" / "switches.py", variant, job).splitlines()[-1])
 
 
-def write_job(flags: argparse.Namespace, trees: list[data.Tree], folder: Path, more: dict | None = None) -> Path:
-    """What a process of ours or a peer's is to do, on which token ids."""
+def write_job(
+    flags: argparse.Namespace, pairs: list[Pair], folder: Path, more: dict | None = None
+) -> Path:
+    """Write what another process must do, on which token ids; return the file."""
     job = vars(flags) | {"model": str(flags.model), "folder": str(folder), "out": None}
-    job["pairs"] = [[t.prompt.tolist(), *(r.tolist() for r in t.responses)] for t in trees]
+    job["pairs"] = [[p.prompt.tolist(), *(r.tolist() for r in p.responses)] for p in pairs]
     (folder / "job.json").write_text(json.dumps(job | (more or {})))
     return folder / "job.json"
 
 
-def start(script: Path, *arguments) -> str:
-    """What a Python script prints; where it fails, so does the comparison."""
-    process = subprocess.run([sys.executable, script, *arguments], check=False, capture_output=True, text=True)
+def start(script: Path, *arguments: str | Path) -> str:
+    """Return what a Python script prints; exit if it fails."""
+    command = [sys.executable, script, *arguments]
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
     if process.returncode:
         sys.exit(f"compare.py: {script} failed:\n{process.stderr[-2000:]}")
     return process.stdout
 
 
+# --------------------------------------------------------------------------------------------------
+# What both sides compute
+
+
 def gemm_flops(device: str, dtype: str) -> float:
-    """Floating-point operations a second of one large matrix product: the best of a few."""
+    """Return the floating-point operations per second of one large matmul, the best of a few."""
     size = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device, dtype=kind)
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
@@ -131,105 +183,163 @@ def gemm_flops(device: str, dtype: str) -> float:
     return 2 * size**3 / best
 
 
-def microbatch_tokens(trees: list[data.Tree], batch_size: int, microbatch: int) -> int:
-    """The least budget with which no step takes more forward passes than a peer's, of `microbatch` pairs each."""
-    sizes = [len(tree) for tree in trees]
+def microbatch_tokens(pairs: list[Pair], batch_size: int, microbatch: int) -> int:
+    """Return the smallest budget with which no step takes more forward passes than a peer's.
+
+    microbatch: pairs per forward pass of the peer. Budgets are multiples of 64 tokens.
+    """
+    sizes = [pair.tokens for pair in pairs]
     steps = [sizes[i : i + batch_size] for i in range(0, len(sizes), batch_size)]
     budget = 64
-    while any(len(data.plan(step, 1, budget)) > batch_size // microbatch for step in steps):
+    while any(len(assign(step, 1, budget)) > batch_size // microbatch for step in steps):
         budget += 64
     return budget
 
 
-def padded(trees: list[data.Tree], microbatch: int) -> list[data.Tree]:
-    """What a peer computes: a row for every response, behind its prompt, and a pass's rows as long as the longest."""
+def padded(pairs: list[Pair], microbatch: int) -> list[Pair]:
+    """Return what a peer computes: a row per response, as long as the longest of its pass.
+
+    Each row is a pair without a prompt. microbatch: pairs per forward pass.
+    """
     rows = []
-    for i in range(0, len(trees), microbatch):
-        share = trees[i : i + microbatch]
-        lengths = [len(tree.prompt) + len(response) for tree in share for response in tree.responses]
-        rows += [data.Tree(np.zeros(0, int), (np.zeros(max(lengths), int),), "")] * len(lengths)
+    for i in range(0, len(pairs), microbatch):
+        share = pairs[i : i + microbatch]
+        lengths = [len(pair.prompt) + len(r) for pair in share for r in pair.responses]
+        row = Pair(np.zeros(0, int), (np.zeros(max(lengths), int),))
+        rows += [row] * len(lengths)
     return rows
 
 
+def flops(config: Config, pairs: list[Pair]) -> float:
+    return sum(train_flops(config, pair) for pair in pairs)
+
+
+# --------------------------------------------------------------------------------------------------
+# The comparison
+
+
+def compare(
+    flags: argparse.Namespace,
+    pairs: list[Pair],
+    contenders: list[Contender],
+    comparisons: list[tuple[int, int]],
+) -> str:
+    """Run all contenders in turns; return a table and their ratios, as Markdown.
+
+    comparisons: indices of the contenders that are compared with each other.
+    """
+    steady = pairs[flags.batch_size :]
+    runs: list[list[Run]] = [[] for _ in contenders]
+    ceilings = []
+    for n in range(1, flags.rounds + 1):
+        ceilings.append(gemm_flops(flags.device, flags.dtype))
+        for contender, own in zip(contenders, runs):
+            if own and "unavailable" in own[-1]:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                own.append(contender.run(Path(folder)))
+            if "unavailable" not in own[-1]:
+                rate = own[-1]["pairs"] = len(steady) / sum(own[-1]["seconds"][1:])
+                print(f"round {n}: {contender.name}: {rate:.4f} pairs/s", file=sys.stderr)
+    ceiling = max(ceilings)
+    names = [contender.name for contender in contenders]
+    lines = table(flags, steady, names, runs, ceiling)
+    rounds = f"{flags.rounds} rounds: median (least–most)."
+    lines += ["", f"Ceiling: {ceiling / 1e9:.0f} GFLOP/s in {flags.dtype}. {rounds}"]
+    for a, b in comparisons:
+        if not any("unavailable" in runs[i][-1] for i in (a, b)):
+            agreement = AGREEMENT[flags.dtype] if flags.peer == "trl" else None
+            lines.append(f"- {names[a]} : {names[b]}: {ratios(runs[a], runs[b], agreement)}")
+    return "\n".join(lines)
+
+
+def table(
+    flags: argparse.Namespace,
+    steady: list[Pair],
+    names: list[str],
+    runs: list[list[Run]],
+    ceiling: float,
+) -> list[str]:
+    """Return the lines of a table with a row per contender. steady: the pairs that are counted."""
+    promised = peak_flops(torch.device(flags.device))
+    mfu = " | MFU" if promised else ""
+    lines = [f"| | pairs/s | response tokens/s | peak GiB | of the ceiling{mfu} | loss of step 1 |"]
+    lines += ["|---" * (7 if promised else 6) + "|"]
+    flops_per_pair = flops(read_config(flags.model), steady) / len(steady)
+    tokens_per_pair = sum(len(r) for pair in steady for r in pair.responses) / len(steady)
+    for name, own in zip(names, runs):
+        if "unavailable" in own[-1]:
+            lines.append(f"| {name} | – not run: {own[-1]['unavailable']} | | | | |")
+            continue
+        rates = [run["pairs"] for run in own]
+        reached = statistics.median(rates) * flops_per_pair
+        columns = [
+            spread(rates, ".4f"),
+            f"{statistics.median(rates) * tokens_per_pair:.0f}",
+            spread([run["peak_gib"] for run in own], ".2f"),
+            *(f"{reached / most:.0%}" for most in (ceiling, promised) if most),
+            f"{own[0]['loss']:.6f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    return lines
+
+
+def ratios(a: list[Run], b: list[Run], agreement: float | None) -> str:
+    """Return the ratios of speed and memory, and whether both sides compute the same.
+
+    agreement: the largest relative difference that rounding explains; None: do not compare.
+    """
+    both = list(zip(a, b))
+    speed = spread([x["pairs"] / y["pairs"] for x, y in both], ".2f")
+    clock = spread([y["pairs"] / x["pairs"] for x, y in both], ".2f")
+    memory = spread([x["peak_gib"] / y["peak_gib"] for x, y in both], ".2f")
+    text = f"pairs/s × {speed}, time × {clock}, memory × {memory}"
+    x, y = a[0], b[0]
+    if agreement and "logps" in x and "logps" in y:
+        numbers = zip((x["loss"], *x["logps"]), (y["loss"], *y["logps"]))
+        loss, *logps = (abs(p / q - 1) for p, q in numbers)
+        text += f"; at step 1 losses differ by {loss:.0e}, log-probabilities by {max(logps):.0e}"
+        if max(loss, *logps) > agreement:
+            text += " – THE SIDES DO NOT COMPUTE THE SAME"
+    return text
+
+
 def spread(values: list[float], digits: str) -> str:
-    """Median (least–most)."""
+    """Return median (least–most)."""
     if len(values) == 1:
         return f"{values[0]:{digits}}"
     return f"{statistics.median(values):{digits}} ({min(values):{digits}}–{max(values):{digits}})"
 
 
-def compare(
-    flags: argparse.Namespace, trees: list[data.Tree], contenders: list[Contender], comparisons: list[tuple[int, int]]
-) -> str:
-    """Run all in turns; the table, and how the contenders of each of `comparisons` relate, as Markdown."""
-    steady = trees[flags.batch_size :]
-    flops = train_flops(Config.from_folder(flags.model), steady)
-    answers = sum(len(r) for tree in steady for r in tree.responses)
-    runs: list[list[Run]] = [[] for _ in contenders]
-    ceilings = []
-    for round in range(flags.rounds):
-        ceilings.append(gemm_flops(flags.device, flags.dtype))
-        for contender, mine in zip(contenders, runs):
-            if mine and "unavailable" in mine[-1]:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                mine.append(contender.run(Path(folder)))
-            if "unavailable" not in mine[-1]:
-                mine[-1]["pairs"] = len(steady) / sum(mine[-1]["seconds"][1:])
-                print(f"round {round + 1}: {contender.name}: {mine[-1]['pairs']:.4f} pairs/s", file=sys.stderr)
-    ceiling = max(ceilings)
-    promised = peak_flops(torch.device(flags.device))
-    mfu = " | MFU" if promised else ""
-    lines = [f"| | pairs/s | response tokens/s | peak GiB | of the ceiling{mfu} | loss of step 1 |"]
-    lines += ["|---" * (7 if promised else 6) + "|"]
-    for contender, mine in zip(contenders, runs):
-        if "unavailable" in mine[-1]:
-            lines.append(f"| {contender.name} | – not run: {mine[-1]['unavailable']} | | | | |")
-            continue
-        rate = [run["pairs"] for run in mine]
-        tokens = statistics.median(rate) * answers / len(steady)
-        reached = statistics.median(rate) * flops / len(steady)
-        shares = " | ".join(f"{reached / most:.0%}" for most in (ceiling, promised) if most)
-        loss = mine[0]["loss"]
-        peaks = spread([run["peak_gib"] for run in mine], ".2f")
-        numbers = f"{spread(rate, '.4f')} | {tokens:.0f} | {peaks} | {shares} | {loss:.6f}"
-        lines.append(f"| {contender.name} | {numbers} |")
-    lines += ["", f"Ceiling: {ceiling / 1e9:.0f} GFLOP/s in {flags.dtype}. {flags.rounds} rounds: median (least–most)."]
-    for a, b in comparisons:
-        if any("unavailable" in runs[i][-1] for i in (a, b)):
-            continue
-        both = list(zip(runs[a], runs[b]))
-        speed = spread([x["pairs"] / y["pairs"] for x, y in both], ".2f")
-        clock = spread([y["pairs"] / x["pairs"] for x, y in both], ".2f")
-        memory = spread([x["peak_gib"] / y["peak_gib"] for x, y in both], ".2f")
-        text = f"- {contenders[a].name} : {contenders[b].name}: pairs/s × {speed}, time × {clock}, memory × {memory}"
-        if all("logps" in runs[i][0] for i in (a, b)) and flags.peer == "trl":
-            x, y = (runs[i][0] for i in (a, b))
-            loss, *logps = (abs(p / q - 1) for p, q in zip((x["loss"], *x["logps"]), (y["loss"], *y["logps"])))
-            text += f"; at step 1 losses differ by {loss:.0e}, log-probabilities by {max(logps):.0e}"
-            text += " – THE SIDES DO NOT COMPUTE THE SAME" * (max(loss, *logps) > AGREEMENT[flags.dtype])
-        lines.append(text)
-    return "\n".join(lines)
+def describe(flags: argparse.Namespace, pairs: list[Pair], many: list[Pair]) -> str:
+    """Return the paragraphs above a table: what was compared, on what, and where.
 
-
-def describe(flags: argparse.Namespace, trees: list[data.Tree], many: list[data.Tree]) -> str:
-    """What was compared, on what, where: the paragraphs above a table. many: a larger sample of the same kind."""
-    device = torch.cuda.get_device_name() if flags.device == "cuda" else f"{cpu()}, {os.cpu_count()} cores"
+    many: a larger sample of the same kind of pairs.
+    """
+    device = f"{cpu()}, {os.cpu_count()} cores"
+    if flags.device == "cuda":
+        device = torch.cuda.get_device_name()
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS if installed(name))
-    prompt = statistics.median(len(t.prompt) for t in trees)
-    chosen, rejected = (statistics.median(len(t.responses[i]) for t in trees) for i in (0, 1))
+    prompt = statistics.median(len(pair.prompt) for pair in pairs)
+    chosen, rejected = (statistics.median(len(pair.responses[i]) for pair in pairs) for i in (0, 1))
+    mean = sum(pair.tokens for pair in pairs) / len(pairs)
     passes = -(-flags.batch_size // flags.microbatch)
-    config = Config.from_folder(flags.model)
-    more = lambda trees: train_flops(config, padded(trees, flags.microbatch)) / train_flops(config, trees)
-    return f"""{date.today()}; {device}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f} before; \
-Python {platform.python_version()}, {versions}.
+    config = read_config(flags.model)
+
+    def padding(pairs: list[Pair]) -> float:
+        return flops(config, padded(pairs, flags.microbatch)) / flops(config, pairs)
+
+    return f"""{date.today()}; {device}, {torch.get_num_threads()} thread(s), load \
+{os.getloadavg()[0]:.1f} before; Python {platform.python_version()}, {versions}.
 
     python bench/compare.py {shlex.join(sys.argv[1:])}
 
-{flags.steps} steps of {flags.batch_size} pairs, the first not counted, {passes} forward passes each (here of \
-{flags.microbatch_tokens} tokens at most); medians of {prompt:.0f} tokens a prompt, {chosen:.0f} chosen, \
-{rejected:.0f} rejected, {sum(map(len, trees)) / len(trees):.0f} a pair in the mean. Padded to rows, what is counted takes \
-{more(trees[flags.batch_size :]):.2f} times the floating-point operations ({more(many):.2f} in {len(many)} pairs of this kind).
+{flags.steps} steps of {flags.batch_size} pairs, the first not counted; {passes} forward \
+pass{"es" * (passes != 1)} per step (ours: at most {flags.microbatch_tokens} tokens each). Median \
+tokens: {prompt:.0f} per prompt, {chosen:.0f} chosen, {rejected:.0f} rejected; mean per pair: \
+{mean:.0f}. Padding to rows takes {padding(pairs[flags.batch_size :]):.2f} times the \
+floating-point operations in the counted steps ({padding(many):.2f} over {len(many)} pairs of \
+this kind).
 
 """
 
@@ -241,41 +351,110 @@ def installed(name: str) -> bool:
         return False
 
 
+def field(
+    flags: argparse.Namespace, pairs_file: Path, pairs: list[Pair]
+) -> tuple[list[Contender], list[tuple[int, int]]]:
+    """Return who runs, and the indices of those that are compared with each other."""
+    if flags.switches:
+        variants = [Contender(name, partial(switch_run, flags, pairs, name)) for name in VARIANTS]
+        return variants, [(i, 0) for i in range(1, len(VARIANTS))]
+
+    def ours(name: str, more: str, objective: str, reference: str) -> Contender:
+        work = partial(our_run, flags, pairs_file, objective, reference, more)
+        return Contender(f"{name} {more}".rstrip(), work)
+
+    if flags.peer == "self":
+        kinds = {
+            "SimPO": ("simpo", "online"),
+            "DPO online": ("dpo", "online"),
+            "DPO cached": ("dpo", "cached"),
+        }
+        contenders = [
+            ours(name, more, *kind) for more in flags.ours for name, kind in kinds.items()
+        ]
+        starts = range(0, len(contenders), 3)
+        return contenders, [pair for i in starts for pair in ((i, i + 1), (i + 2, i))]
+    kind = flags.objective, flags.reference
+    contenders = [ours("this project", more, *kind) for more in flags.ours]
+    contenders += [Contender("TRL", partial(trl_run, flags, pairs, False))]
+    if flags.objective == "dpo":
+        contenders += [Contender("TRL, padding_free", partial(trl_run, flags, pairs, True))]
+    count = len(flags.ours)
+    return contenders, [(i, j) for i in range(count) for j in range(count, len(contenders))]
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
 def read_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    """Parse the command line; exit with status 2 and one line on a usage error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder")
-    model.add_argument("--random", choices=workload.MODELS, help="random weights of this shape; goes with --shape")
+    text = "random weights of this shape; needs --shape"
+    model.add_argument("--random", choices=workload.MODELS, help=text)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="FILE", help="pairs, in any format that train.py reads, in a seeded order")
-    source.add_argument("--shape", choices=workload.SHAPES, help="made-up pairs with this set's lengths")
-    add("--objective", choices=("simpo", "dpo"), default="simpo")
-    add("--reference", choices=("online", "cached"), default="online", help="DPO's, on both sides (default: online)")
-    add("--peer", choices=("trl", "self"), default="trl", help="self: SimPO and DPO, both ours (default: trl)")
-    add("--switches", action="store_true", help="instead: from a padded rectangle to this project, switch by switch")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32")
-    add("--trl-weights", choices=("fp32", "bf16"), default="fp32", help="what TRL keeps its weights in (default: fp32)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--max-length", type=int, default=1024, metavar="N", help="tokens of prompt and response (default: 1024)")
-    add("--batch-size", type=int, default=8, metavar="N", help="pairs a step (default: 8)")
-    add("--microbatch", type=int, default=2, metavar="N", help="pairs a forward pass of the peer (default: 2)")
-    add("--microbatch-tokens", type=int, metavar="N", help="ours; default: the least that takes no more passes a step")
-    add("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="on both sides")
-    add("--steps", type=int, default=4, metavar="N", help="steps a run, of which the first warms up (default: 4)")
-    add("--rounds", type=int, default=3, metavar="N", help="runs of each side, in turns (default: 3)")
-    add("--seed", type=int, default=0, help="which pairs (default: 0)")
-    add("--out", type=Path, metavar="FILE", help="also append the result to this file, e.g. bench/RESULTS.md")
-    add("--ours", action="append", metavar="FLAGS", help="run train.py with these flags; each --ours is a run of its own")
+    text = "pairs, in any format that train.py reads; their order is seeded"
+    source.add_argument("--data", metavar="FILE", help=text)
+    text = "made-up pairs with this set's lengths"
+    source.add_argument("--shape", choices=workload.SHAPES, help=text)
+
+    def add(flag: str, text: str, **options) -> None:
+        parser.add_argument(flag, help=text, **options)
+
+    cuda, both = torch.cuda.is_available(), argparse.BooleanOptionalAction
+    dtypes, number = ("fp32", "bf16"), {"type": int, "metavar": "N"}
+    add("--objective", "default: simpo", choices=("simpo", "dpo"), default="simpo")
+    text = "DPO's, on both sides (default: online)"
+    add("--reference", text, choices=("online", "cached"), default="online")
+    text = "self: SimPO and DPO, both ours (default: trl)"
+    add("--peer", text, choices=("trl", "self"), default="trl")
+    text = "instead: from a padded rectangle to this project, switch by switch"
+    add("--switches", text, action="store_true")
+    add("--dtype", "default: fp32", choices=dtypes, default="fp32")
+    text = "dtype of TRL's weights (default: fp32)"
+    add("--trl-weights", text, choices=dtypes, default="fp32")
+    text = "default: cuda if available, else cpu"
+    add("--device", text, choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    add("--max-length", "tokens of prompt plus response (default: 1024)", default=1024, **number)
+    add("--batch-size", "pairs per step (default: 8)", default=8, **number)
+    add("--microbatch", "pairs per forward pass of the peer (default: 2)", default=2, **number)
+    text = "ours; default: the smallest that takes no more passes per step"
+    add("--microbatch-tokens", text, **number)
+    add("--activation-checkpointing", "on both sides", action=both, default=True)
+    add("--steps", "steps per run; the first is a warm-up (default: 4)", default=4, **number)
+    add("--rounds", "runs of each side, in turns (default: 3)", default=3, **number)
+    add("--seed", "which pairs (default: 0)", type=int, default=0)
+    text = "also append the result to this file, such as bench/RESULTS.md"
+    add("--out", text, type=Path, metavar="FILE")
+    text = "run train.py with these flags; each --ours is a run of its own"
+    add("--ours", text, action="append", metavar="FLAGS")
     flags = parser.parse_args()
     flags.ours = flags.ours or [""]
     if flags.random and not flags.shape:
-        parser.error("--random: its tokenizer is the toy's, whose words only --shape knows")
+        parser.error("--random needs --shape: it has the toy's tokenizer, made for no data set")
     if flags.batch_size % flags.microbatch:
         parser.error("--batch-size: not a multiple of --microbatch")
     if flags.steps < 2:
-        parser.error("--steps: the first step warms up, so at least 2")
+        parser.error("--steps: the first step is a warm-up, so at least 2 are needed")
     return flags
+
+
+def write_pairs(flags: argparse.Namespace, pairs_file: Path) -> tuple[list[Pair], list[Pair]]:
+    """Write the pairs to compare on; return them, and a larger sample of the same kind."""
+    tokenizer = Tokenizer(flags.model, "" if flags.shape else None)
+    count = flags.steps * flags.batch_size
+    if flags.shape:
+        lengths = workload.shape_lengths(flags.shape, max(2 * count, MANY), flags.seed)
+        records = workload.shaped_records(tokenizer, lengths, flags.seed)
+    else:
+        records = workload.drawn_records(flags.data, flags.seed)
+    longest = flags.max_length, min(1800, flags.max_length * 1800 // 2048)  # as in train.py
+    kept, many = workload.tokenized(records, max(count, MANY), tokenizer, *longest)
+    return workload.write_pairs(kept, many, count, pairs_file), many
 
 
 def main() -> None:
@@ -285,55 +464,26 @@ def main() -> None:
             if flags.random:
                 flags.model = Path(folder) / flags.random
                 workload.random_checkpoint(flags.model, workload.MODELS[flags.random])
-            tokenizer = data.Tokenizer(flags.model, "" if flags.shape else None)
-            count = flags.steps * flags.batch_size
-            if flags.shape:
-                lengths = workload.shape_lengths(flags.shape, max(2 * count, MANY), flags.seed)
-                records = workload.shaped_records(tokenizer, lengths, flags.seed)
-            else:
-                records = workload.drawn_records(flags.data, flags.seed)
-            pairs, longest_prompt = Path(folder) / "pairs.jsonl", min(1800, flags.max_length * 1800 // 2048)
-            kept, many = workload.tokenized(records, max(count, MANY), tokenizer, flags.max_length, longest_prompt)
-            trees = workload.write_pairs(kept, many, count, pairs)
+            pairs_file = Path(folder) / "pairs.jsonl"
+            pairs, many = write_pairs(flags, pairs_file)
             flags.microbatch_tokens = flags.microbatch_tokens or microbatch_tokens(
-                trees, flags.batch_size, flags.microbatch
+                pairs, flags.batch_size, flags.microbatch
             )
-            head = describe(flags, trees, many)
-            table = compare(flags, trees, *field(flags, pairs, trees))
-    except data.DataError as e:
+            head = describe(flags, pairs, many)
+            result = compare(flags, pairs, *field(flags, pairs_file, pairs))
+    except InputError as e:
         sys.exit(f"compare.py: error: {e}")
-    print(head + table)
+    print(head + result)
     if flags.out:
-        what = f"{flags.objective}, this project and TRL" if flags.peer == "trl" else "SimPO and DPO"
-        what = "Switch by switch" if flags.switches else what
+        what = "SimPO and DPO"
+        if flags.peer == "trl":
+            what = f"{flags.objective}, this project and TRL"
+        if flags.switches:
+            what = "Switch by switch"
         on = flags.shape or Path(flags.data).name
         title = f"## {what}, {flags.model.name}, {on}, {flags.dtype}\n\n"
         with open(flags.out, "a") as file:
-            file.write(("\n" if file.tell() else "") + title + head + table + "\n")
-
-
-def field(
-    flags: argparse.Namespace, pairs: Path, trees: list[data.Tree]
-) -> tuple[list[Contender], list[tuple[int, int]]]:
-    """Who runs, and who is compared with whom."""
-    if flags.switches:
-        layout = lambda variant: lambda folder: switch_run(flags, trees, variant, folder)
-        return [Contender(name, layout(name)) for name in VARIANTS], [(i, 0) for i in range(1, len(VARIANTS))]
-
-    def ours(name: str, more: str, *kind: str) -> Contender:
-        return Contender(f"{name} {more}".rstrip(), lambda folder: our_run(flags, pairs, *kind, more, folder))
-
-    if flags.peer == "self":
-        kinds = {"SimPO": ("simpo", "online"), "DPO online": ("dpo", "online"), "DPO cached": ("dpo", "cached")}
-        contenders = [ours(name, more, *kind) for more in flags.ours for name, kind in kinds.items()]
-        return contenders, [pair for i in range(0, len(contenders), 3) for pair in ((i, i + 1), (i + 2, i))]
-    theirs = lambda padding_free: lambda folder: trl_run(flags, trees, padding_free, folder)
-    contenders = [ours("this project", more, flags.objective, flags.reference) for more in flags.ours]
-    contenders += [Contender("TRL", theirs(False))]
-    if flags.objective == "dpo":
-        contenders.append(Contender("TRL, padding_free", theirs(True)))
-    count = len(flags.ours)
-    return contenders, [(i, j) for i in range(count) for j in range(count, len(contenders))]
+            file.write(("\n" if file.tell() else "") + title + head + result + "\n")
 
 
 if __name__ == "__main__":

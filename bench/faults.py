@@ -1,11 +1,14 @@
-"""Kill real trainings at random moments, let the same command go on, and hold what comes out to the unbroken run, bit by bit.
+"""Kill real trainings at random moments, resume them, and compare with an unbroken run bit by bit.
 
-    python bench/faults.py                        8 runs, on one and two processes in turn; about ten minutes
-    python bench/faults.py --cases 3 --seed 7     fewer, other moments
+    python bench/faults.py                      8 runs, on one and two ranks in turn, ten minutes
+    python bench/faults.py --cases 3 --seed 7   fewer, at other moments
 
-Each run is hit three times before it may finish: SIGKILL to a worker (torchrun starts the workers again, and they
-resume by themselves), SIGKILL to torchrun (its workers notice, save and leave), or SIGTERM to torchrun (as Slurm does). It
-saves at every step, so that many a blow falls into a save.
+Each run is hit up to three times; the same command then resumes it. A hit is SIGKILL to a worker,
+SIGKILL to torchrun, or SIGTERM to torchrun, as Slurm sends it. In the first case torchrun starts
+the workers again, and they resume. In the second, the workers notice, save and leave. The run saves
+at every step, so that many hits fall into a save.
+
+Weights and metrics must be identical in the end; anything else is an error.
 """
 
 import argparse
@@ -19,60 +22,73 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = {"tokens_per_second", "pairs_per_second", "peak_memory_gib", "mfu"}
 FAULTS = ("worker SIGKILL", "launcher SIGKILL", "launcher SIGTERM")
+STEPS = 20
 
 
-def start(out: Path, processes: int, log) -> subprocess.Popen:
-    """`torchrun train.py` on the toy: DPO with a cached reference, 20 steps, evaluation in between."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", "2"]
-    command += ["--monitor-interval", "0.1", "--standalone", str(ROOT / "train.py"), "--objective", "dpo", "--out", str(out)]
-    command += ["--reference", "cached", "--max-steps", "20", "--save-every", "1", "--eval-every", "10", "--device", "cpu"]
+def start(out: Path, ranks: int, log: TextIO) -> subprocess.Popen:
+    """Start `torchrun train.py` on the toy: DPO with a cached reference, evaluated halfway."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    launcher += ["--max-restarts=2", "--monitor-interval=0.1", "--standalone"]
+    command = [str(ROOT / "train.py"), "--objective=dpo", "--reference=cached", f"--out={out}"]
+    command += [f"--max-steps={STEPS}", "--save-every=1", "--eval-every=10", "--device=cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=out.parent, start_new_session=True)
+    options = {"stdout": log, "stderr": log, "env": environment, "cwd": out.parent}
+    return subprocess.Popen([*launcher, *command], **options, start_new_session=True)
 
 
 def workers(launcher: int) -> list[int]:
-    """The processes that torchrun has started, while they live."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True).stdout.split()
+    """Return the ids of the processes that torchrun has started and that still live."""
+    command = ["ps", "-o", "pid=", "--ppid", str(launcher)]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
     return [int(pid) for pid in found]
 
 
 def strike(run: subprocess.Popen, fault: str, rng: random.Random) -> None:
-    who, name = fault.split()
-    target = run.pid if who == "launcher" else rng.choice(workers(run.pid) or [run.pid])
+    """Send the signal of a fault to the launcher or to a random worker."""
+    target, name = fault.split()
+    pid = run.pid if target == "launcher" else rng.choice(workers(run.pid) or [run.pid])
     try:
-        os.kill(target, getattr(signal, name))
+        os.kill(pid, getattr(signal, name))
     except ProcessLookupError:
-        pass  # it was quicker
+        pass  # it ended just before
 
 
 def saved(out: Path) -> int:
-    """The step of the newest whole checkpoint."""
-    return max((int(path.name[5:]) for path in out.glob("checkpoints/step-*") if path.name[5:].isdigit()), default=0)
+    """Return the step of the newest complete checkpoint, 0 without one."""
+    names = (path.name[5:] for path in out.glob("checkpoints/step-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def results(out: Path) -> tuple[bytes, list[dict]]:
-    """The trained weights, and the metrics without what a clock or the machine says."""
+    """Return the trained weights, and the metrics without speed and memory."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     weights = (out / "model" / "model.safetensors").read_bytes()
-    return weights, [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+    return weights, [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
-def one_case(out: Path, processes: int, seconds: float, rng: random.Random, seen: Counter, hits: int = 3) -> None:
-    """Start, strike at a random moment, start again …, then let it finish. seconds: what a whole run takes."""
+def one_case(
+    out: Path, ranks: int, seconds: float, rng: random.Random, seen: Counter, hits: int = 3
+) -> None:
+    """Start a run and hit it at a random moment, at most `hits` times; then let it finish.
+
+    seconds: how long an unbroken run takes. seen: counts what happened.
+    """
     deadline = time.time() + 40 * seconds
     with open(out.with_suffix(".log"), "a") as log:
         while True:
-            run = start(out, processes, log)
+            run = start(out, ranks, log)
             if hits:
-                fault = rng.choice(FAULTS)
-                start_up, step = rng.random() < 0.2, rng.randrange(saved(out) + 1, 20) if saved(out) < 19 else 19
-                while run.poll() is None and not start_up and saved(out) < step:
+                fault, in_start_up = rng.choice(FAULTS), rng.random() < 0.2
+                last = STEPS - 1
+                step = rng.randrange(saved(out) + 1, STEPS) if saved(out) < last else last
+                while run.poll() is None and not in_start_up and saved(out) < step:
                     time.sleep(0.01)
-                time.sleep(rng.uniform(0, 0.3 * seconds if start_up else 0.2))
+                time.sleep(rng.uniform(0, 0.3 * seconds if in_start_up else 0.2))
                 if run.poll() is None:
                     seen["during a save"] += any(out.glob("checkpoints/*.incomplete"))
                     strike(run, fault, rng)
@@ -82,39 +98,50 @@ def one_case(out: Path, processes: int, seconds: float, rng: random.Random, seen
             if (out / "model").exists():
                 return
             if time.time() > deadline:
-                raise SystemExit(f"{out}: does not come to an end; see {log.name}")
+                raise SystemExit(f"{out}: does not finish; see {log.name}")
 
 
 def campaign(cases: list[int], seed: int, folder: Path) -> Counter:
-    """A case per number of processes in `cases`, which must end like the unbroken run on as many. How often what befell."""
+    """Run a case on each number of ranks in `cases`, and compare it with an unbroken run.
+
+    Returns how often each thing happened. Exits with status 1 at the first difference.
+    """
     rng, seen, unbroken = random.Random(seed), Counter(), {}
-    for processes in sorted(set(cases)):
-        out, began = folder / f"unbroken-{processes}", time.time()
-        one_case(out, processes, 60, rng, seen, hits=0)
-        unbroken[processes] = time.time() - began, *results(out)
-        print(f"unbroken on {processes}: {unbroken[processes][0]:.0f} s", flush=True)
-    for case, processes in enumerate(cases):
-        seconds, weights, rows = unbroken[processes]
+    for ranks in sorted(set(cases)):
+        out, began = folder / f"unbroken-{ranks}", time.time()
+        one_case(out, ranks, 60, rng, seen, hits=0)
+        unbroken[ranks] = time.time() - began, *results(out)
+        print(f"unbroken on {ranks}: {unbroken[ranks][0]:.0f} s", flush=True)
+    for case, ranks in enumerate(cases):
+        seconds, weights, rows = unbroken[ranks]
         out = folder / f"case-{case}"
-        one_case(out, processes, seconds, rng, seen)
+        one_case(out, ranks, seconds, rng, seen)
         same_weights, same_rows = (a == b for a, b in zip(results(out), (weights, rows)))
         resumed = out.with_suffix(".log").read_text().count("resumed from")
         seen["resumed"] += resumed
-        print(f"case {case}, {processes} processes, resumed {resumed} times: "
-              f"weights {'identical' if same_weights else 'DIFFER'}, metrics {'identical' if same_rows else 'DIFFER'}", flush=True)  # fmt: skip
+        verdicts = (
+            f"weights {'identical' if same_weights else 'DIFFER'}, "
+            f"metrics {'identical' if same_rows else 'DIFFER'}"
+        )
+        on = f"{ranks} rank{'s' * (ranks > 1)}"
+        print(f"case {case}, {on}, resumed {resumed} times: {verdicts}", flush=True)
         if not (same_weights and same_rows):
-            raise SystemExit(f"case {case} of seed {seed} is not the unbroken run: {out}")
+            raise SystemExit(f"case {case} of seed {seed} differs from the unbroken run: {out}")
     return seen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=8, help="runs that are struck (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the faults (default: 0)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cases", type=int, default=8, help="runs that are hit (default: 8)")
+    add("--seed", type=int, default=0, help="of the moments and the faults (default: 0)")
     flags = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     seen = campaign([1 + case % 2 for case in range(flags.cases)], flags.seed, folder)
-    print(f"{flags.cases} runs, every one bit-identical to the unbroken one: " + ", ".join(f"{n} × {what}" for what, n in seen.items()))
+    counts = ", ".join(f"{n} × {what}" for what, n in seen.items())
+    print(f"{flags.cases} runs, each bit-identical to the unbroken one: {counts}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Three promises of the layout, each measured by itself, with small random models: no checkpoint is needed.
+"""Measure three promises of the layout, each alone, with small random models.
 
-    python bench/limits.py vocabulary    does a large vocabulary cost memory beyond its own weights?
-    python bench/limits.py tokens        is a micro-batch of 32k tokens as cheap per token as one of 2k?
-    python bench/limits.py data          how much of a step goes into planning and packing its micro-batches?
+    python bench/limits.py vocabulary
+        Does a large vocabulary cost memory beyond its own weights?
+    python bench/limits.py tokens
+        Is a micro-batch of 32k tokens as cheap per token as one of 2k?
+    python bench/limits.py data
+        How much of a step goes into assigning and packing its micro-batches?
 
-Forward and backward of SimPO's loss with activation checkpointing. Memory is what PyTorch has allocated: on a CPU
-what stays resident beside that, in glibc's holes, differs from run to run by more than what is to be seen.
+No checkpoint is needed. Forward and backward of SimPO's loss run with activation checkpointing.
+Memory is what PyTorch has allocated. The resident memory of a CPU would also count the holes in
+glibc's heap, which vary more from run to run than the effect.
 """
 
 import argparse
@@ -24,46 +28,64 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import data  # noqa: E402
-import workload  # noqa: E402
-from model import Config, Llama  # noqa: E402
-from simpo import simpo_loss  # noqa: E402
-from train import keep_freed_memory, response_logps  # noqa: E402
+import workload
+from data import Pair, assign, pack
+from formats.checkpoint import compute_device
+from model import Config, Llama
+from runtime.processes import keep_freed_memory
+from simpo import simpo_loss
+from train import response_logps
 
-SMALL = Config(49152, 576, 1536, 4, 9, 3, 64, tie_word_embeddings=True)  # SmolLM2-135M with 4 of its 30 blocks
+# SmolLM2-135M with 4 of its 30 blocks
+SMALL = Config(49152, 576, 1536, 4, 9, 3, 64, tie_word_embeddings=True)
 
 
-def random_trees(tokens: int, vocabulary: int) -> list[data.Tree]:
-    """Pairs of UltraFeedback's lengths, `tokens` or a little less of them together."""
-    rng, trees = np.random.default_rng(0), []
+def random_pairs(tokens: int, vocabulary: int) -> list[Pair]:
+    """Return pairs of UltraFeedback's lengths with at most `tokens` tokens in total."""
+    rng = np.random.default_rng(0)
+    pairs: list[Pair] = []
+
+    def draw(count: int) -> np.ndarray:
+        return rng.integers(0, vocabulary, count, dtype=np.int32)
+
     for p, c, r in workload.shape_lengths("ultrafeedback", tokens, seed=0):
-        if sum(map(len, trees)) + p + c + r > tokens:
-            return trees
-        draw = lambda n: rng.integers(0, vocabulary, n, dtype=np.int32)
-        trees.append(data.Tree(draw(p), (draw(c), draw(r)), ""))
+        if total_tokens(pairs) + p + c + r > tokens:
+            break
+        pairs.append(Pair(draw(p), (draw(c), draw(r))))
+    return pairs
+
+
+def total_tokens(pairs: list[Pair]) -> int:
+    return sum(pair.tokens for pair in pairs)
 
 
 def random_model(config: Config, dtype: str, device: str) -> Llama:
+    """Return a random model with activation checkpointing."""
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     workload.fill(model.to_empty(device=device))
     for block in model.model.layers:
-        block.recompute = True
+        block.checkpoint_activations = True
     return model
 
 
-def step(model: Llama, trees: list[data.Tree]) -> float:
-    """Seconds of one forward and backward pass over all `trees` together."""
+def step(model: Llama, pairs: list[Pair]) -> float:
+    """Run one forward and backward pass over all pairs together; return its seconds."""
     start = time.perf_counter()
-    logps, lengths = response_logps(model, trees)
-    simpo_loss(*logps.unbind(1), *lengths.unbind(1), beta=2.0, gamma=1.0)[0].mean().backward()
-    if model.device.type == "cuda":
+    logps, lengths = response_logps(model, pairs)
+    losses, *_ = simpo_loss(*logps.unbind(1), *lengths.unbind(1), beta=2.0, gamma=1.0)
+    losses.mean().backward()
+    if compute_device(model).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
+# --------------------------------------------------------------------------------------------------
+# The three checks
+
+
 def peak_bytes(device: str, work: Callable[[], object]) -> int:
-    """The most bytes allocated at once of what `work` allocates, by PyTorch's own count."""
+    """Return the most bytes that `work` has allocated at once, by PyTorch's own count."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -79,11 +101,12 @@ def peak_bytes(device: str, work: Callable[[], object]) -> int:
 
 
 def beyond_head(vocabulary: int, flags: argparse.Namespace) -> int:
-    """The most bytes that model and pass over `flags.tokens` take, less the head and the head's gradient."""
+    """Return the peak bytes of a model and a pass, without the head's weights and gradient."""
     config = dataclasses.replace(SMALL, vocab_size=vocabulary)
 
     def work() -> None:
-        step(random_model(config, flags.dtype, flags.device), random_trees(flags.tokens, vocabulary))
+        model = random_model(config, flags.dtype, flags.device)
+        step(model, random_pairs(flags.tokens, vocabulary))
 
     head = 2 * vocabulary * SMALL.hidden_size * (2 if flags.dtype == "bf16" else 4)
     return peak_bytes(flags.device, work) - head
@@ -91,44 +114,55 @@ def beyond_head(vocabulary: int, flags: argparse.Namespace) -> int:
 
 def check_vocabulary(flags: argparse.Namespace) -> None:
     small, large = beyond_head(32_000, flags), beyond_head(128_256, flags)
-    print(f"peak of {flags.tokens} tokens without the head and its gradient: {small / 2**20:.0f} MiB with 32,000 words, "
-          f"{large / 2**20:.0f} MiB with 128,256: {large / small:.2f} times (wanted: at most 1.1)")  # fmt: skip
+    sizes = f"{small / 2**20:.0f} MiB with 32,000 entries, {large / 2**20:.0f} MiB with 128,256"
+    ratio = f"{large / small:.2f} times (target: at most 1.1)"
+    print(f"peak of {flags.tokens} tokens without the head and its gradient: {sizes}: {ratio}")
 
 
 def check_tokens(flags: argparse.Namespace) -> None:
-    model, sizes = random_model(SMALL, flags.dtype, flags.device), [2048 * 2**i for i in range(5)]
-    step(model, random_trees(2048, SMALL.vocab_size))  # warms up
+    model = random_model(SMALL, flags.dtype, flags.device)
+    step(model, random_pairs(2048, SMALL.vocab_size))  # a warm-up
     costs = {}
-    for size in (size for size in sizes if size <= flags.tokens):
-        trees = random_trees(size, SMALL.vocab_size)
-        costs[size] = min(step(model, trees) for _ in range(3)) / sum(map(len, trees))
+    for size in (2048 * 2**i for i in range(5)):
+        if size > flags.tokens:
+            break
+        pairs = random_pairs(size, SMALL.vocab_size)
+        costs[size] = min(step(model, pairs) for _ in range(3)) / total_tokens(pairs)
         relative = f"{costs[size] / costs[2048]:.2f} times that of the smallest"
-        print(f"{size:6} tokens, {len(trees):3} pairs: {1e6 * costs[size]:7.1f} µs a token, {relative}", flush=True)
+        cost = f"{1e6 * costs[size]:7.1f} µs per token"
+        print(f"{size:6} tokens, {len(pairs):3} pairs: {cost}, {relative}", flush=True)
 
 
 def check_data(flags: argparse.Namespace) -> None:
-    """Tokenizing is over before the first step; what remains in the loop is `data.plan`, `data.pack` and the copy."""
-    model, trees = random_model(SMALL, flags.dtype, flags.device), random_trees(flags.tokens, SMALL.vocab_size)
-    step(model, trees)
-    seconds = min(step(model, trees) for _ in range(3))
+    """Time `data.assign`, `data.pack` and the copy; tokenizing is over before the first step."""
+    model = random_model(SMALL, flags.dtype, flags.device)
+    pairs, device = random_pairs(flags.tokens, SMALL.vocab_size), compute_device(model)
+    step(model, pairs)
+    seconds = min(step(model, pairs) for _ in range(3))
     start, repeats = time.perf_counter(), 20
     for _ in range(repeats):
-        data.plan([len(tree) for tree in trees], 1, flags.tokens)
-        packed = data.pack(trees)
+        assign([pair.tokens for pair in pairs], 1, flags.tokens)
+        packed = pack(pairs)
         for name in packed.keys() - {"cu_q", "cu_k"}:
-            torch.from_numpy(packed[name]).to(model.device)
+            torch.from_numpy(packed[name]).to(device)
     share = (time.perf_counter() - start) / repeats / seconds
-    print(f"{flags.tokens} tokens: {seconds:.3f} s a pass of {SMALL.num_hidden_layers} blocks, {share:.5f} of it data "
-          f"work: with it the loop runs at {1 - share:.4f} of its speed without (wanted: at least 0.97)")  # fmt: skip
+    blocks = f"{seconds:.3f} s per pass of {SMALL.num_hidden_layers} blocks"
+    speed = f"{1 - share:.4f} of its speed without (target: at least 0.97)"
+    print(f"{flags.tokens} tokens: {blocks}, data work {share:.5f} of it: the loop runs at {speed}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     checks = {"vocabulary": check_vocabulary, "tokens": check_tokens, "data": check_data}
-    parser.add_argument("check", choices=checks)
-    parser.add_argument("--tokens", type=int, help="in the largest micro-batch (default: 8192; 32768 for tokens)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("check", choices=checks)
+    tokens = "tokens of the largest micro-batch (default: 8192; 32768 for the check of tokens)"
+    add("--tokens", type=int, metavar="N", help=tokens)
+    add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--device", choices=("cpu", "cuda"), default=default)
     flags = parser.parse_args()
     flags.tokens = flags.tokens or (32_768 if flags.check == "tokens" else 8192)
     keep_freed_memory()  # as train.py does

@@ -1,10 +1,11 @@
-"""How many pairs a second are read, parsed, rendered and tokenized, beside the tokenizers library alone on the same texts?
+"""Measure how many pairs per second are read and tokenized, beside the tokenizers library alone.
 
     python bench/tokenizing.py --model DIR --data FILE
 
-The first number is all that `train.load_trees` does in one process, from the file to the trees; the second is
-`encode_batch_fast(…)` and `.ids` on the very texts that the first one came to. Both take the best of `--repeats` runs, in
-turns. The library uses every core unless RAYON_NUM_THREADS says otherwise.
+The first number covers all that `runtime.inputs.load_pairs` does on one rank, from the file to the
+pairs. The second covers `encode_batch_fast(…)` and `.ids` alone, on the texts that the first one
+came to. Both are the best of `--repeats` alternating runs. The library uses every core unless
+RAYON_NUM_THREADS says otherwise.
 """
 
 import argparse
@@ -21,12 +22,15 @@ import tokenizers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Dropped, Example, Tokenizer, Tree, parse_record, read_records  # noqa: E402
+from data import Example, Pair, encode
+from formats.records import Dropped, parse_record, read_records
+from formats.tokenizer import Tokenizer
 
 BATCH, MAX_LENGTH, MAX_PROMPT_LENGTH = 256, 2048, 1800  # as in train.py
 
 
 def read_examples(name: str) -> list[Example]:
+    """Return all usable records of a data set as examples."""
     examples = []
     for where, record in read_records(name):
         try:
@@ -36,59 +40,75 @@ def read_examples(name: str) -> list[Example]:
     return examples
 
 
-def ours(name: str, tokenizer: Tokenizer) -> list[Tree]:
-    examples, counts = read_examples(name), Counter()
-    batches = (examples[i : i + BATCH] for i in range(0, len(examples), BATCH))
-    return [tree for batch in batches for tree in tokenizer.encode(batch, MAX_LENGTH, MAX_PROMPT_LENGTH, counts)]
+def batches_of(examples: list[Example]) -> list[list[Example]]:
+    return [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+
+
+def ours(name: str, tokenizer: Tokenizer) -> list[Pair]:
+    """Go from the file to the pairs."""
+    lengths, counts = (MAX_LENGTH, MAX_PROMPT_LENGTH), Counter()
+    groups = [
+        encode(batch, tokenizer, *lengths, counts) for batch in batches_of(read_examples(name))
+    ]
+    return [pair for group in groups for pair in group]
 
 
 def library(batches: list[list[str]], tokenizer: Tokenizer) -> list[list[int]]:
-    return [e.ids for batch in batches for e in tokenizer.backend.encode_batch_fast(batch, add_special_tokens=False)]
+    """Encode the texts with the library alone."""
+    encode_batch = tokenizer.backend.encode_batch_fast
+    return [e.ids for batch in batches for e in encode_batch(batch, add_special_tokens=False)]
 
 
 def texts(name: str, tokenizer: Tokenizer) -> list[list[str]]:
-    """What `Tokenizer.encode` gives to the library, in batches of the same pairs."""
-    examples, batches = read_examples(name), []
-    for i in range(0, len(examples), BATCH):
-        batch = examples[i : i + BATCH]
-        pairs = tokenizer.texts(batch)
-        batches += [[answer for _, answers in pairs for answer in answers], [prompt for prompt, _ in pairs]]
+    """Return what `data.encode` gives to the library, in batches of the same pairs."""
+    batches = []
+    for batch in batches_of(read_examples(name)):
+        rendered = tokenizer.texts(batch)
+        responses = [response for _, responses in rendered for response in responses]
+        batches += [responses, [prompt for prompt, _ in rendered]]
     return batches
 
 
 def cpu() -> str:
+    """Return the name of the processor."""
     try:
-        return next(line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        with open("/proc/cpuinfo") as lines:
+            return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="checkpoint: its tokenizer and chat template"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, metavar="FILE", help="pairs, in any format that train.py reads")
-    parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="runs of each, of which the fastest counts (default: 5)"
-    )
+    add = parser.add_argument
+    model = "checkpoint, for its tokenizer and chat template"
+    add("--model", type=Path, required=True, metavar="DIR", help=model)
+    add("--data", required=True, metavar="FILE", help="pairs, in any format that train.py reads")
+    repeats = "runs of each; the fastest counts (default: 5)"
+    add("--repeats", type=int, default=5, metavar="N", help=repeats)
     flags = parser.parse_args()
     tokenizer = Tokenizer(flags.model)
     batches = texts(flags.data, tokenizer)
-    works = {"file to trees": lambda: ours(flags.data, tokenizer), "library alone": lambda: library(batches, tokenizer)}
+    works = {
+        "file to pairs": lambda: ours(flags.data, tokenizer),
+        "library alone": lambda: library(batches, tokenizer),
+    }
     best = dict.fromkeys(works, float("inf"))
     for _ in range(flags.repeats):
         for name, work in works.items():
             start = time.perf_counter()
             work()
             best[name] = min(best[name], time.perf_counter() - start)
-    trees = ours(flags.data, tokenizer)
-    print(
-        f"{date.today()}, {cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}, tokenizers {tokenizers.__version__}"
-    )
-    print(f"{len(trees)} pairs of {sum(map(len, trees)) / len(trees):.0f} tokens in the mean")
+    pairs = ours(flags.data, tokenizer)
+    versions = f"Python {platform.python_version()}, tokenizers {tokenizers.__version__}"
+    print(f"{date.today()}, {cpu()}, {os.cpu_count()} cores, {versions}")
+    mean = sum(pair.tokens for pair in pairs) / len(pairs)
+    print(f"{len(pairs)} pairs, {mean:.0f} tokens on average")
     for name, seconds in best.items():
-        print(f"{name}  {len(trees) / seconds:8.0f} pairs/s  {best['library alone'] / seconds:6.0%}")
+        share = best["library alone"] / seconds
+        print(f"{name}  {len(pairs) / seconds:8.0f} pairs/s  {share:6.0%}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 #!/bin/bash
-# Nodes under Slurm, from the repository's root:   sbatch recipes/slurm.sh OUT --config recipes/llama3-instruct-simpo.toml
+# Train on several nodes under Slurm. From the repository root:
+#     sbatch recipes/slurm.sh OUT --config recipes/llama3-instruct-simpo.toml
 #
-# One torchrun per node. Weights are sharded within a node, and every node has a copy (--replicate), so that only gradients
-# travel between nodes, once a step. Three minutes before the job's time is up, or when it is preempted, Slurm's warning makes
-# the run save and leave; the job then queues itself again and goes on from there. A worker that dies is started again twice.
-# OUT, the checkpoint and the data lie where all nodes see them.
+# Runs one torchrun per node. Weights are sharded within a node and every node holds a copy
+# (--replicate), so only gradients travel between nodes, once per step. Slurm sends a signal three
+# minutes before the time limit or on preemption. The run then saves and exits, and the job requeues
+# itself and resumes. torchrun restarts failed workers up to twice. OUT, the checkpoint and the data
+# must be visible to all nodes.
 #SBATCH --job-name=simpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,16 +20,20 @@
 out=${1:?"usage: sbatch recipes/slurm.sh OUT [flags of train.py]"}
 shift
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170   # seconds in which the workers may finish their step and save; 30 if unset
+# Seconds that workers have to finish their step and save; the default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # workers that are started again must not find the addresses of those before
+# Otherwise restarted workers are given the addresses of the previous ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 newest() { ls "$out/checkpoints" 2>/dev/null | grep -x 'step-[0-9]*' | sort -V | tail -n 1; }
 before=$(newest)
 
-srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 2 \
+srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" \
+    torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 2 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
     train.py --out "$out" --replicate "$SLURM_NNODES" --save-every 50 "$@"
 
-if [ ! -d "$out/model" ] && [ "$(newest)" != "$before" ]; then # not done, but further than before: an error would repeat
+# Requeue an unfinished run only if it saved a newer checkpoint. Otherwise an error would repeat.
+if [ ! -d "$out/model" ] && [ "$(newest)" != "$before" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,15 +1,19 @@
-"""`torchrun tests/several_runs.py FILE`: runs of train.py one after the other in one set of processes, which start slowly.
-FILE holds a JSON list with one list of flags per run."""
+"""Run train.py several times, one run after another, on one group of ranks.
+
+    torchrun tests/several_runs.py FILE
+
+Starting ranks takes longer than these runs do, so the tests start them once. FILE holds a JSON list
+with one list of flags per run. `test_train.launch` writes it.
+"""
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun adds only tests/
 
-import train  # noqa: E402
+import train
+from runtime.settings import read_settings
 
-runs = [train.read_settings(flags) for flags in json.loads(Path(sys.argv[1]).read_text())]
-device, _ = train.start_processes(runs[0])
-for settings in runs:
-    train.train(settings, device, train.make_mesh(settings, device.type))
+for flags in json.loads(Path(sys.argv[1]).read_text()):
+    train.train(read_settings(flags))

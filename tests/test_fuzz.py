@@ -1,4 +1,7 @@
-"""A short campaign of `fuzz.py`, and what the two commands make of hostile input: one line, exit status 1, nothing written."""
+"""Run a short campaign of fuzz.py, and pass hostile input to the two commands.
+
+A command must end with one line on stderr and exit status 1, and write nothing.
+"""
 
 import os
 import subprocess
@@ -14,43 +17,56 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_mutated_input_is_read_or_refused(tmp_path):
-    """120 cases; `python tests/fuzz.py --cases 5000` runs more of them, with the same numbers for the same seed."""
+    """Each of 120 mutated inputs is either read or refused with one line that names a path."""
+    # `python tests/fuzz.py --cases 5000` runs more cases, starting with the same ones.
     results = fuzz.campaign(seed=0, cases=120, work=tmp_path)
     assert [r for r in results if "FAILED" in r["outcome"]] == []
     outcomes = Counter(r["outcome"] for r in results)
-    assert len(results) == 120 and min(outcomes["read"], outcomes["refused"]) > 12, "the mutations are too weak or too wild"
+    assert len(results) == 120
+    weakest = min(outcomes["read"], outcomes["refused"])
+    assert weakest > 12, "the mutations are too weak or too wild"
 
 
-def link_out(folder: Path) -> None:
+def move_config_out(folder: Path) -> None:
     (folder / "config.json").rename(folder.parent / "config.json")
     (folder / "config.json").symlink_to("../config.json")
 
 
-def endless_template(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text(fuzz.HOSTILE[4])
+def write_endless_template(folder: Path) -> None:
+    endless = "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(endless)
 
 
-def name_twice(folder: Path) -> None:
+def write_duplicate_key(folder: Path) -> None:
     (folder / "config.json").write_text('{"a": 1, "a": 2}')
 
 
 @pytest.mark.parametrize(
     "command, damage, named",
     [
-        ("sample.py", link_out, "config.json: a link to"),
-        ("train.py", endless_template, "chat_template.jinja"),
-        ("train.py", name_twice, "config.json"),
+        ("sample.py", move_config_out, "config.json: a link to"),
+        ("train.py", write_endless_template, "chat_template.jinja"),
+        ("train.py", write_duplicate_key, "config.json"),
     ],
 )
 def test_commands(command, damage, named, tmp_path):
-    fuzz.sound(tmp_path)
-    folder = tmp_path / "checkpoint"
+    """A command refuses a damaged checkpoint with one line that names the file."""
+    fuzz.write_base(tmp_path)
+    folder, out = tmp_path / "checkpoint", tmp_path / "out.jsonl"
     damage(folder)
-    flags = ["--data", str(tmp_path / "data" / "data.jsonl")] if command == "train.py" else ["--prompt", "Hi"]
+    flags = ["--model", str(folder), "--out", str(out)]
+    if command == "train.py":
+        flags += ["--data", str(tmp_path / "data" / "data.jsonl")]
+    else:
+        flags += ["--prompt", "Hi"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / command), "--model", str(folder), *flags, "--out", str(tmp_path / "out.jsonl")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 1 and not (tmp_path / "out.jsonl").exists()
+        [sys.executable, str(ROOT / command), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and not out.exists()
     [line] = done.stderr.splitlines()
     assert line.startswith(f"{command}: error: {folder}") and named in line

@@ -1,7 +1,9 @@
-"""Hub ids, against a small server here that speaks as much of the hub's API as huggingface_hub asks for.
+"""Test hub ids against a small local server, which speaks the part of the hub's API that we need.
 
-What is fetched is what the server's log says. huggingface_hub reads its address when it is imported, so every question is
-put in a process of its own."""
+The server's log says which files were downloaded. huggingface_hub reads the server's address when
+it is imported, so every download runs in a process of its own. Tests of local paths are in
+tests/test_data.py.
+"""
 
 import hashlib
 import json
@@ -16,41 +18,71 @@ from pathlib import Path
 
 import pytest
 
-import model as llama
-
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).resolve().parent.parent
 
-MODEL_FILES = {  # as Mistral's repository holds them, every kind once
+# fmt: off
+MODEL_FILES = {  # one file of every kind, named as in a Mistral repository
     name: name.encode() * 50
-    for name in ("config.json", "generation_config.json", "model-00001-of-00002.safetensors", "chat_template.jinja",
-                 "model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "LICENSE",
-                 "tokenizer_config.json", "special_tokens_map.json")
-}  # fmt: skip
+    for name in (
+        "config.json", "generation_config.json", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "LICENSE",
+    )
+}
 OTHER_FILES = {
     name: b"not to be fetched"
-    for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors", "modeling_custom.py", "onnx/model.onnx",
-                 "original/model.safetensors", "original/tokenizer.model", "training_args.bin", ".gitattributes", "model_fp8/x.safetensors", "tokenizer_2/tokenizer.json")
-}  # fmt: skip
+    for name in (
+        "README.md", "pytorch_model.bin", "consolidated.safetensors", "modeling_custom.py",
+        "onnx/model.onnx", "original/model.safetensors", "original/tokenizer.model",
+        "training_args.bin", ".gitattributes", "model_fp8/x.safetensors",
+        "tokenizer_2/tokenizer.json",
+    )
+}
+# fmt: on
 LINE = b'{"prompt": "Hi", "chosen": "a", "rejected": "%s"}\n'
-PARTS = {f"data/{split}-0000{i}-of-00002-1f2e3d4c5b6a.jsonl": LINE % f"{split} {i}".encode()
-         for split in ("train_prefs", "test_prefs", "train_sft") for i in (0, 1)}  # fmt: skip
+PARTS = {
+    f"data/{split}-0000{i}-of-00002-1f2e3d4c5b6a.jsonl": LINE % f"{split} {i}".encode()
+    for split in ("train_prefs", "test_prefs", "train_sft")
+    for i in (0, 1)
+}
 CONVERTED = {f"default/{split}/0000.jsonl": LINE % split.encode() for split in ("train", "test")}
 NEW = {"config.json": b"{}", "model.safetensors": b"new" * 50}
 REPOSITORIES = {  # kind/name → revision → files
     "models/owner/name": {"main": MODEL_FILES | OTHER_FILES, "v2": NEW},
     "models/owner/closed": {"main": NEW},
-    "datasets/owner/prefs": {"main": PARTS | {"README.md": b"", "script.py": b""}, "refs/convert/parquet": CONVERTED},
+    "datasets/owner/prefs": {
+        "main": PARTS | {"README.md": b"", "script.py": b""},
+        "refs/convert/parquet": CONVERTED,
+    },
     "datasets/owner/single": {"main": {"train.jsonl": LINE % b"b", "README.md": b""}},
 }
+UNREACHABLE = "no such file or folder on this machine, and the hub cannot be reached ("
+
+# The script of a download: it prints the files it got, or the one line of the error.
+DOWNLOAD = """\
+from formats.checkpoint import checkpoint_folder
+from formats.errors import DataError
+from formats.records import data_files
+try:
+    paths = {expression}
+    if hasattr(paths, "rglob"):
+        paths = sorted(path for path in paths.rglob("*") if path.is_file())
+    for path in paths:
+        parts = path.parts[path.parts.index("snapshots") + 2 :]
+        print("/".join(parts))
+except DataError as e:
+    print("refused:", e)
+"""
 
 
 def commit(revision: str) -> str:
+    """Return the commit that a revision stands for."""
     return hashlib.sha1(revision.encode()).hexdigest()
 
 
 class Hub(BaseHTTPRequestHandler):
-    """GET and HEAD of lists, revisions and files."""
+    """Answers GET and HEAD for file lists, revisions and files of `REPOSITORIES`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -70,7 +102,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urllib.parse.unquote(self.path.partition("?")[0])
-        if asked := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?", path):
+        api = r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?"
+        if asked := re.fullmatch(api, path):
             kind, name, what, revision = asked.groups()
         elif asked := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, revision, what = asked[1] or "models", asked[2], asked[3], asked[4]
@@ -78,31 +111,51 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(404)
         revisions = REPOSITORIES.get(f"{kind.strip('/')}/{name}")
         if revisions is None:
-            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            missing = "Repository not found"
+            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message=missing)
         found = [r for r in revisions if (revision or "main") in (r, commit(r))]
         if not found:
-            return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+            missing = "Invalid rev id"
+            return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message=missing)
         files, sha = revisions[found[0]], commit(found[0])
-        tag = lambda file: hashlib.sha1(files[file]).hexdigest()
         if "/api/" in path:
-            tree = [{"type": "file", "path": f, "oid": tag(f), "size": len(files[f])} for f in files]
-            info = {"id": name, "sha": sha, "private": False, "siblings": [{"rfilename": f} for f in files]}
-            return self.answer(200, json.dumps(tree if what == "tree" else info).encode(), Content_Type="application/json")
+            return self.answer_list(what, name, files, sha)
         if name == "owner/closed":
-            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted")
+            closed = "Access to this model is restricted"
+            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message=closed)
+        return self.answer_file(what, files[what], sha)
+
+    def answer_list(self, what: str, name: str, files: dict[str, bytes], sha: str) -> None:
+        """Answer with a repository's description, or with its files if `what` is "tree"."""
+        tree = [
+            {"type": "file", "path": file, "oid": digest(body), "size": len(body)}
+            for file, body in files.items()
+        ]
+        siblings = [{"rfilename": file} for file in files]
+        info = {"id": name, "sha": sha, "private": False, "siblings": siblings}
+        body = json.dumps(tree if what == "tree" else info).encode()
+        self.answer(200, body, Content_Type="application/json")
+
+    def answer_file(self, file: str, body: bytes, sha: str) -> None:
+        """Answer with a file, or break off halfway through the one that `server.cut` names."""
         if self.command == "GET":
-            self.server.log.append(what)
-        body, headers = files[what], {"ETag": f'"{tag(what)}"', "X_Repo_Commit": sha}
-        if what == self.server.cut:  # promises everything, and hangs up half way
+            self.server.log.append(file)
+        headers = {"ETag": f'"{digest(body)}"', "X_Repo_Commit": sha}
+        if file == self.server.cut:
             headers["Content_Length"], body = str(len(body)), body[: len(body) // 2]
             self.close_connection = True
-        return self.answer(200, body, **headers)
+        self.answer(200, body, **headers)
+
+
+def digest(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
 
 
 @pytest.fixture
 def hub():
+    """Start the server. Its `log` lists the files it sent; `cut` names a file to break off."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.log, server.cut = [], None  # the files sent; one whose connection breaks
+    server.log, server.cut = [], None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -111,66 +164,79 @@ def hub():
 
 @pytest.fixture
 def ask(hub, tmp_path):
-    """What a new process with an own cache answers: the paths that it got, or the error's one line."""
+    """Return a function that evaluates an expression in a new process with a cache of its own.
+
+    The function returns the names of the files that the process got, or the one line of its error.
+    """
 
     def ask(expression: str, **environment: str) -> list[str] | str:
-        script = f"""import data
-try:
-    paths = {expression}
-    paths = sorted(p for p in paths.rglob("*") if p.is_file()) if hasattr(paths, "rglob") else paths
-    print(*("/".join(p.parts[p.parts.index("snapshots") + 2:]) for p in paths), sep="\\n")
-except data.DataError as e:
-    print("refused:", e)"""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("HF_") and "proxy" not in name.lower()
+        }
         address = f"http://127.0.0.1:{hub.server_address[1]}"
-        settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address, "PYTHONPATH": str(ROOT)} | environment
-        done = subprocess.run([sys.executable, "-c", script], env=clean | settings, capture_output=True, text=True,
-                              timeout=120, cwd=tmp_path)  # fmt: skip
+        settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address}
+        done = subprocess.run(
+            [sys.executable, "-c", DOWNLOAD.format(expression=expression)],
+            env=clean | {"PYTHONPATH": str(ROOT)} | settings | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         lines = done.stdout.splitlines()
-        return lines[0].removeprefix("refused: ") if lines[0].startswith("refused: ") and len(lines) == 1 else lines
+        if len(lines) == 1 and lines[0].startswith("refused: "):
+            return lines[0].removeprefix("refused: ")
+        return lines
 
     return ask
 
 
 def model(name: str) -> str:
-    return f"data.local_path({name!r}, 'model', {llama.CHECKPOINT_FILES!r})"
+    return f"checkpoint_folder({name!r})"
 
 
 def dataset(name: str) -> str:
-    return f"data.data_files({name!r})"
+    return f"data_files({name!r})"
 
 
 def test_model(hub, ask):
-    """Weights once, configuration, tokenizer, template, licence: no pickle, no code, no second copy of the weights."""
+    """Only weights, configuration, tokenizer, template and license are downloaded, each once."""
     assert ask(model("owner/name")) == sorted(MODEL_FILES) == sorted(hub.log)
-    assert ask(model("owner/name")) == sorted(MODEL_FILES) and len(hub.log) == len(MODEL_FILES), "nothing twice"
+    assert ask(model("owner/name")) == sorted(MODEL_FILES)
+    assert len(hub.log) == len(MODEL_FILES), "a file was downloaded again"
     hub.shutdown()
     assert ask(model("owner/name"), HF_HUB_OFFLINE="1") == sorted(MODEL_FILES)
 
 
 def test_revision(hub, ask):
+    """`owner/name@revision` takes a branch, tag or commit, and an unknown one is named."""
     assert ask(model("owner/name@v2")) == sorted(NEW) == sorted(hub.log)
     assert ask(model("owner/name@" + commit("v2"))) == sorted(NEW)
-    assert ask(model("owner/name@v3")) == "owner/name@v3: the model has no revision 'v3' on the hub"
+    missing = "owner/name@v3: the model has no revision 'v3' on the hub"
+    assert ask(model("owner/name@v3")) == missing
 
 
 def test_split(hub, ask):
-    """`train_prefs` is neither `test_prefs` nor `train_sft`, and only its parts come."""
+    """Only the parts of the requested split are downloaded, not those of similarly named ones."""
     train = [name for name in PARTS if "train_prefs" in name]
     assert ask(dataset("owner/prefs:train_prefs")) == train == sorted(hub.log)
     assert ask(dataset("owner/prefs:train_prefs"), HF_HUB_OFFLINE="1") == train
-    refused = ask(dataset("owner/prefs:valid"))
-    assert refused == ("owner/prefs:valid: no .jsonl, .json, .jsonl.gz, .parquet file of split 'valid' in owner/prefs: "
-                       "it has test_prefs, train_prefs, train_sft")  # fmt: skip
-    assert ask(dataset("owner/prefs:train@refs/convert/parquet")) == ["default/train/0000.jsonl"]
+    assert ask(dataset("owner/prefs:valid")) == (
+        "owner/prefs:valid: no .jsonl, .json, .jsonl.gz, .parquet file of split 'valid' "
+        "in owner/prefs: it has test_prefs, train_prefs, train_sft"
+    )
+    converted = ["default/train/0000.jsonl"]
+    assert ask(dataset("owner/prefs:train@refs/convert/parquet")) == converted
 
 
 def test_split_must_be_named(hub, ask):
-    """A repository with test data beside training data is asked which, before anything is fetched."""
-    names = "holds several splits, test_prefs, train_prefs, train_sft: pass one as owner/prefs:SPLIT"
-    assert ask(dataset("owner/prefs")) == f"owner/prefs: {names}"
+    """A data set with several splits is refused before any download until one is named."""
+    names = "holds several splits, test_prefs, train_prefs, train_sft: pass one as"
+    assert ask(dataset("owner/prefs")) == f"owner/prefs: {names} owner/prefs:SPLIT"
     converted = "owner/prefs@refs/convert/parquet"
     assert "several splits, test, train" in ask(dataset(converted))
     assert hub.log == []
@@ -178,39 +244,44 @@ def test_split_must_be_named(hub, ask):
 
 
 def test_gated_and_missing(hub, ask):
-    """What to do is in the line: the hub's own page of terms, or to log in."""
-    gated = "gated on the hub: accept its terms at https://huggingface.co/owner/closed, then run `hf auth login`"
-    assert ask(model("owner/closed")) == f"owner/closed: {gated}"
+    """The error of a closed or missing repository says what to do: accept its terms, or log in."""
+    terms = "accept its terms at https://huggingface.co/owner/closed, then run `hf auth login`"
+    assert ask(model("owner/closed")) == f"owner/closed: gated on the hub: {terms}"
+    missing = (
+        r"owner/nothing: no such file or folder on this machine, and no such (model|dataset) "
+        r"on the hub \(or private: `hf auth login`\)"
+    )
     for question in (model("owner/nothing"), dataset("owner/nothing:train")):
-        assert re.fullmatch(r"owner/nothing: no such file or folder here, and no such (model|dataset) on the hub "
-                            r"\(or private: `hf auth login`\)", ask(question))  # fmt: skip
+        assert re.fullmatch(missing, ask(question))
     assert hub.log == []
 
 
 def test_out_of_reach(hub, ask):
-    """Offline, or the server is down: one line, and no minutes of retries."""
+    """Offline, or with the server down, the error is one line that comes without long retries."""
     for settings in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         refused = ask(model("owner/name"), **settings)
-        assert refused.startswith("owner/name: no such file or folder here, and the hub cannot be reached (")
+        assert refused.startswith(f"owner/name: {UNREACHABLE}")
         assert refused.endswith("; download it where there is a network and pass the folder")
     assert hub.log == []
 
 
 def test_interrupted(hub, ask):
-    """A connection that breaks in the middle of a file, every time: one line, no half file under its name; the next
-    attempt fetches that file alone."""
+    """A download that breaks off leaves no partial file, and only that file is downloaded again."""
     hub.cut = "model.safetensors"
-    broken = r"owner/name@v2: the download broke off \(.*\): run the same command again, files that came whole are kept"
-    assert re.fullmatch(broken, ask(model("owner/name@v2")))
+    refused = ask(model("owner/name@v2"))
+    advice = "run the same command again, complete files are kept"
+    assert re.fullmatch(rf"owner/name@v2: the download broke off \(.*\): {advice}", refused)
     assert ask(model("owner/name@v2"), HF_HUB_OFFLINE="1") == ["config.json"]
     hub.cut, hub.log[:] = None, []
-    assert ask(model("owner/name@v2")) == sorted(NEW) and hub.log == ["model.safetensors"]
+    assert ask(model("owner/name@v2")) == sorted(NEW)
+    assert hub.log == ["model.safetensors"]
 
 
 def test_half_a_split_is_not_trained_on(ask, hub, tmp_path):
-    """Of two parts one is here (an interrupted download, then no network): half the data must not pass for all of it."""
+    """A split with a part missing in the cache is refused, because half must not pass for all."""
     train = ask(dataset("owner/prefs:train_prefs"))
     [part] = (tmp_path / "hf").rglob(Path(train[1]).name)
     part.unlink()
     refused = ask(dataset("owner/prefs:train_prefs"), HF_HUB_OFFLINE="1")
-    assert refused.startswith("owner/prefs:train_prefs: ") and refused.endswith("1 of 2 parts are here")
+    assert refused.startswith("owner/prefs:train_prefs: ")
+    assert refused.endswith("1 of 2 parts are on this machine: complete the download or the copy")

@@ -1,4 +1,4 @@
-"""sample.py: decoding against the whole forward pass anew for every token, sampling by hand, and the command."""
+"""Test sample.py: decoding against full forward passes, sampling by hand, and the command."""
 
 import io
 import json
@@ -18,42 +18,48 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-import data
-import model as llama
 import sample
 import tiny
-from data import DataError, Tokenizer
+from formats.checkpoint import load
+from formats.errors import DataError
+from formats.records import parse_record
+from formats.tokenizer import Tokenizer
 from model import Llama
 from sample import generate, pick
 
 NEVER = {-1}  # no token stops
-FAMILIES = ["llama-3.1", "llama-3.2", "mistral-0.1"]  # mistral-0.1's window of 7 is shorter than any of these texts
+# The window of mistral-0.1, 7 tokens, is shorter than each of these texts.
+FAMILIES = ["llama-3.1", "llama-3.2", "mistral-0.1"]
 PROMPTS = [np.random.default_rng(n).integers(3, 97, n).tolist() for n in (9, 1, 14, 2, 14, 5, 30)]
 
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory) -> dict[str, Llama]:
-    return {name: llama.load(tiny.write(tmp_path_factory.mktemp(name), tiny.FAMILIES[name])) for name in FAMILIES}
+    return {
+        name: load(tiny.write(tmp_path_factory.mktemp(name), tiny.FAMILIES[name]))
+        for name in FAMILIES
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoding
 
 
 def greedy(model: Llama, prompt: list[int], stop_ids: set[int], max_new_tokens: int) -> list[int]:
-    """No cache, no batch: everything again for every token."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_new_tokens and (len(tokens) == len(prompt) or tokens[-1] not in stop_ids):
-        tokens.append(int(tiny.logits(model, tokens)[-1].argmax()))
-    return tokens[len(prompt) :]
+    """Decode without cache or batch: run the whole sequence again for every token."""
+    generated: list[int] = []
+    while len(generated) < max_new_tokens and not stop_ids & set(generated):
+        generated.append(int(tiny.logits(model, prompt + generated)[-1].argmax()))
+    return generated
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_the_forward_pass_anew(family, batch_size, llamas):
-    """The cache, its window and the moving of its rows, with answers that end at different times.
+def test_greedy_equals_full_forward_passes(family, batch_size, llamas):
+    """Checks the cache, its window and how rows move, with answers that end at different times.
 
-    The stop tokens are those that end the first answer after 3 tokens and the fourth after 7."""
+    The stop tokens end the first answer after 3 tokens and the fourth after 7.
+    """
     free = generate(llamas[family], PROMPTS, NEVER, 12, batch_size=batch_size)
     assert free == [greedy(llamas[family], prompt, NEVER, 12) for prompt in PROMPTS]
     stop_ids = {free[0][2], free[3][6]}
@@ -64,59 +70,75 @@ def test_greedy_is_the_forward_pass_anew(family, batch_size, llamas):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_transformers_generate(family, llamas, tmp_path):
-    """The same tokens from their cache and their stopping."""
+    """Compares tokens with those of the transformers cache and stopping rule."""
     transformers = pytest.importorskip("transformers", minversion="4.56")
     tiny.write(tmp_path, tiny.FAMILIES[family])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     stop_ids = [11, 12, 13, 14]
-    options = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": stop_ids, "pad_token_id": 0}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 16,
+        "eos_token_id": stop_ids,
+        "pad_token_id": 0,
+    }
     for prompt, tokens in zip(PROMPTS, generate(llamas[family], PROMPTS, set(stop_ids), 16)):
         assert [prompt + tokens] == theirs.generate(torch.tensor([prompt]), **options).tolist()
 
 
 def test_any_stop_token_ends_an_answer(llamas):
-    """Whichever of several comes first, and it belongs to the answer; else the length does."""
+    """The first of several stop tokens ends an answer and belongs to it; else its length does."""
     [free] = generate(llamas["llama-3.1"], PROMPTS[:1], NEVER, 10)
-    places = sorted(free.index(token) for token in set(free))
-    assert len(places) > 4
-    for i, place in enumerate(places):
-        stop_ids = {free[later] for later in places[i:]}
-        assert generate(llamas["llama-3.1"], PROMPTS[:1], stop_ids, 10) == [free[: place + 1]]
+    first_uses = sorted(free.index(token) for token in set(free))
+    assert len(first_uses) > 4
+    for i, end in enumerate(first_uses):
+        stop_ids = {free[later] for later in first_uses[i:]}
+        assert generate(llamas["llama-3.1"], PROMPTS[:1], stop_ids, 10) == [free[: end + 1]]
     assert generate(llamas["llama-3.1"], PROMPTS[:1], NEVER, 1) == [free[:1]]
 
 
 def test_decode_yields_every_token_once_and_ends_every_answer(llamas):
-    """What the caller streams: each answer's tokens in order, its last one marked."""
-    made, ended = [[] for _ in PROMPTS], []
-    for number, token, last in sample.decode(llamas["llama-3.1"], PROMPTS, {11, 12, 13}, 8, batch_size=2):
-        assert number not in ended
-        made[number].append(token)
-        ended += [number] * last
+    """A caller that streams gets each answer's tokens in order, with the last one marked."""
+    model, stop_ids = llamas["llama-3.1"], {11, 12, 13}
+    generated, ended = [[] for _ in PROMPTS], []
+    for index, token, last in sample.decode(model, PROMPTS, stop_ids, 8, batch_size=2):
+        assert index not in ended
+        generated[index].append(token)
+        ended += [index] * last
     assert sorted(ended) == list(range(len(PROMPTS)))
-    assert made == generate(llamas["llama-3.1"], PROMPTS, {11, 12, 13}, 8)
+    assert generated == generate(model, PROMPTS, stop_ids, 8)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.5}], ids=str)
 def test_samples_depend_on_seed_and_stream_alone(options, llamas):
-    """Not on the batch size, nor on what else is answered; prompts 2 and 4 and their copies differ by their streams."""
-    model, options = llamas["llama-3.1"], {"temperature": 1.0, "seed": 7} | options
-    made = generate(model, PROMPTS, {11, 12, 13}, 20, **options)
+    """Neither the batch size nor the other prompts change a sample.
+
+    Prompts 2 and 4 are equally long; a prompt answered alone keeps its stream.
+    """
+    options = {"temperature": 1.0, "seed": 7} | options
+
+    def answers(prompts: list[list[int]], **more) -> list[list[int]]:
+        return generate(llamas["llama-3.1"], prompts, {11, 12, 13}, 20, **options | more)
+
+    together = answers(PROMPTS)
     for batch_size in (1, 3, 32):
-        assert generate(model, PROMPTS, {11, 12, 13}, 20, batch_size=batch_size, **options) == made
+        assert answers(PROMPTS, batch_size=batch_size) == together
     for i in (0, 4):
-        assert generate(model, [PROMPTS[i]], {11, 12, 13}, 20, streams=[i], **options) == [made[i]]
-        assert generate(model, [PROMPTS[i]], {11, 12, 13}, 20, streams=[i + 2**40], **options) != [made[i]]
-    assert generate(model, PROMPTS, {11, 12, 13}, 20, **options | {"seed": 8}) != made
+        assert answers([PROMPTS[i]], streams=[i]) == [together[i]]
+        assert answers([PROMPTS[i]], streams=[i + 2**40]) != [together[i]]
+    assert answers(PROMPTS, seed=8) != together
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Picking a token
 
 EIGHTHS = torch.tensor([0.125, 0.5, 0.0, 0.25, 0.125])  # by token; every sum is exact
 
 
 def frequencies(probabilities: torch.Tensor, **options) -> list[float]:
-    """How often each token is picked, over draws that cover [0, 1) evenly: exact to a draw at either edge."""
+    """Return how often each token is picked, over draws that cover [0, 1) evenly.
+
+    Exact to one draw at each edge.
+    """
     draws = 4096
     uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
@@ -129,9 +151,13 @@ def frequencies(probabilities: torch.Tensor, **options) -> list[float]:
     [
         ({}, [1 / 8, 1 / 2, 0, 1 / 4, 1 / 8]),
         ({"temperature": 0}, [0, 1, 0, 0, 0]),
-        ({"temperature": 0.5}, [1 / 22, 16 / 22, 0, 4 / 22, 1 / 22]),  # squares: 1 + 16 + 4 + 1 sixty-fourths
+        # squares: 1 + 16 + 4 + 1 sixty-fourths
+        ({"temperature": 0.5}, [1 / 22, 16 / 22, 0, 4 / 22, 1 / 22]),
         ({"temperature": 0.01}, [0, 1, 0, 0, 0]),
-        ({"temperature": 1e6}, [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4]),  # what is impossible stays so
+        (
+            {"temperature": 1e6},
+            [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4],
+        ),  # impossible tokens stay impossible
         ({"top_k": 1}, [0, 1, 0, 0, 0]),
         ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3, 0]),
         ({"top_k": 4}, [1 / 8, 1 / 2, 0, 1 / 4, 1 / 8]),
@@ -141,9 +167,10 @@ def frequencies(probabilities: torch.Tensor, **options) -> list[float]:
         ({"top_p": 0.501}, [0, 2 / 3, 0, 1 / 3, 0]),
         ({"top_p": 0.75}, [0, 2 / 3, 0, 1 / 3, 0]),  # ½ + ¼ reaches ¾
         ({"top_p": 0.9}, [1 / 8, 1 / 2, 0, 1 / 4, 1 / 8]),
-        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),  # of the two that are left, ⅔ reaches 0.6
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),  # of the two left, ⅔ reaches 0.6
         ({"top_k": 2, "top_p": 0.7}, [0, 2 / 3, 0, 1 / 3, 0]),
-        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0, 0]),  # ¹⁶⁄₂₂ reaches 0.7: temperature comes first
+        # temperature comes first: ¹⁶⁄₂₂ reaches 0.7
+        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0, 0]),
     ],
     ids=str,
 )
@@ -151,9 +178,11 @@ def test_pick_by_hand(options, expected):
     assert frequencies(EIGHTHS, **options) == pytest.approx(expected, abs=2 / 4096)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 20}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}], ids=str
+)
 def test_pick_against_a_naive_filter(options):
-    """200 tokens, one loop: the likeliest until k or p is reached, renormalised."""
+    """A loop over 200 tokens keeps the likeliest until k or p is reached, then renormalises."""
     p = np.random.default_rng(0).dirichlet(np.full(200, 0.3))
     order = np.argsort(-p)[: options.get("top_k") or None]
     kept, reached = [], 0.0
@@ -164,18 +193,20 @@ def test_pick_against_a_naive_filter(options):
         reached += p[token]
     expected = np.zeros(200)
     expected[kept] = p[kept] / reached
-    assert frequencies(torch.from_numpy(p).float(), **options) == pytest.approx(expected.tolist(), abs=2 / 4096)
+    picked = frequencies(torch.from_numpy(p).float(), **options)
+    assert picked == pytest.approx(expected.tolist(), abs=2 / 4096)
 
 
 def test_pick_at_the_edges_of_a_draw():
-    """A draw of 0 falls on a possible token, the largest below 1 too, and one on an edge to the token above it."""
+    """Draws of 0 and just below 1 pick possible tokens; a draw on an edge picks the upper token."""
     logits = torch.tensor([0.0, 0.5, 0.5, 0.0]).log()
-    draws = torch.tensor([0.0, np.nextafter(0.5, 0), 0.5, np.nextafter(1.0, 0)], dtype=torch.float64)
+    edges = [0.0, np.nextafter(0.5, 0), 0.5, np.nextafter(1.0, 0)]
+    draws = torch.tensor(edges, dtype=torch.float64)
     assert pick(logits.expand(4, -1), draws, 1.0, 1.0, 0).tolist() == [1, 1, 2, 2]
     assert set(pick(logits.expand(4, -1), draws, 1.0, 0.99, 3).tolist()) == {1, 2}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +215,7 @@ WORDS = r"[a-z ,.]+"
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """`sample.py` with these arguments in an empty folder → (status, standard output, standard error)."""
+    """Run `sample.py` with the given arguments in an empty folder → (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -219,93 +250,122 @@ ASKED = [
 
 
 def test_prompts_from_records(command):
-    """Every record is kept and gains `responses`; a prompt is answered alike as a string, as messages, and again."""
+    """Every record is kept and gains `responses`; string and messages get the same answer."""
     write_jsonl("asked.jsonl", ASKED)
-    assert command("--prompts", "asked.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "40")[0] == 0
+    flags = "--prompts asked.jsonl --out answers.jsonl --max-new-tokens 40"
+    assert command(*flags.split())[0] == 0
     answers = read_jsonl("answers.jsonl")
     responses = [answer.pop("responses") for answer in answers]
     assert all(answer.pop("generation")["max_new_tokens"] == 40 for answer in answers)
-    assert answers == [record | {"prompt": record.get("prompt", record.get("messages"))} for record in ASKED]
-    assert all(len(mine) == 1 and re.fullmatch(WORDS, mine[0]) for mine in responses) and responses[0] == responses[2]
+    assert answers == [
+        record | {"prompt": record.get("prompt", record.get("messages"))} for record in ASKED
+    ]
+    assert all(len(mine) == 1 and re.fullmatch(WORDS, mine[0]) for mine in responses)
+    assert responses[0] == responses[2]
 
 
 def test_prompts_from_parquet(command):
-    """What JSON has no type for, such as a date, is kept as text."""
+    """A value that JSON has no type for, such as a date, is kept as text."""
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": FOX, "made": date(2024, 5, 23)}]), "asked.parquet")
-    assert command("--prompts", "asked.parquet", "--out", "answers.jsonl", "--max-new-tokens", "5")[0] == 0
+    table = pyarrow.Table.from_pylist([{"prompt": FOX, "made": date(2024, 5, 23)}])
+    parquet.write_table(table, "asked.parquet")
+    flags = "--prompts asked.parquet --out answers.jsonl --max-new-tokens 5"
+    assert command(*flags.split())[0] == 0
     assert read_jsonl("answers.jsonl")[0]["made"] == "2024-05-23"
 
 
 def test_prompts_from_text(command):
-    """A prompt a line, blank ones skipped; printed where there is no --out. A form feed or U+2028 ends no line."""
+    """Each line is a prompt, blank lines are skipped; a form feed or U+2028 does not end a line.
+
+    Without --out, answers are printed.
+    """
     Path("asked.txt").write_text(f"{FOX}\n\n{OWL}\x0c\u2028again\n\n", encoding="utf-8")
     status, out, _ = command("--prompts", "asked.txt", "--prompt", "", "--max-new-tokens", "40")
     assert status == 0
-    assert [answer.split("\n  ")[0] for answer in out.split("\n\n")] == ["", FOX, f"{OWL}\x0c\u2028again", ""]
+    asked = ["", FOX, f"{OWL}\x0c\u2028again", ""]
+    assert [answer.split("\n  ")[0] for answer in out.split("\n\n")] == asked
     command("--prompts", "asked.txt", "--out", "answers.jsonl", "--max-new-tokens", "40")
-    assert [list(answer) for answer in read_jsonl("answers.jsonl")] == [["prompt", "responses", "generation"]] * 2
+    keys = ["prompt", "responses", "generation"]
+    assert [list(answer) for answer in read_jsonl("answers.jsonl")] == [keys] * 2
 
 
 def test_several_samples(command):
-    """N per prompt, different from each other, and the same again whatever the batch and the group of prompts."""
+    """N responses per prompt, not all alike; the batch and the group of prompts change none."""
     write_jsonl("asked.jsonl", ASKED * 4)
-    sampling = ["--prompts", "asked.jsonl", "--num-samples", "5", "--temperature", "1", "--max-new-tokens", "20"]
+    flags = "--prompts asked.jsonl --num-samples 5 --temperature 1 --max-new-tokens 20"
+    sampling = flags.split()
     for batch_size in ("1", "7", "32"):
-        assert command(*sampling, "--batch-size", batch_size, "--out", f"{batch_size}.jsonl")[0] == 0
+        out = f"{batch_size}.jsonl"
+        assert command(*sampling, "--batch-size", batch_size, "--out", out)[0] == 0
     one, seven, all_at_once = (read_jsonl(f"{batch_size}.jsonl") for batch_size in (1, 7, 32))
     assert one == seven == all_at_once and len(one) == 12
-    assert all(len(answer["responses"]) == 5 and len(set(answer["responses"])) > 1 for answer in one)
-    assert one[0]["responses"] != one[3]["responses"]  # the same prompt at another place
+    assert all(len(answer["responses"]) == 5 for answer in one)
+    assert all(len(set(answer["responses"])) > 1 for answer in one)
+    assert one[0]["responses"] != one[3]["responses"]  # the same prompt with another index
     command(*sampling, "--seed", "1", "--out", "seed.jsonl")
     assert read_jsonl("seed.jsonl") != one
 
 
 def test_overwriting_must_be_asked_for(command):
+    flags = ("--prompt", FOX, "--out", "answers.jsonl", "--max-new-tokens", "5")
     Path("answers.jsonl").write_text("precious")
-    status, _, error = command("--prompt", FOX, "--out", "answers.jsonl")
-    assert status == 2 and "--overwrite" in error and Path("answers.jsonl").read_text() == "precious"
-    assert command("--prompt", FOX, "--out", "answers.jsonl", "--overwrite", "--max-new-tokens", "5")[0] == 0
+    status, _, error = command(*flags)
+    assert status == 2 and "answers.jsonl" in error and "--overwrite" in error
+    assert Path("answers.jsonl").read_text() == "precious"
+    assert command(*flags, "--overwrite")[0] == 0
     assert len(read_jsonl("answers.jsonl")) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interrupted, and continued
+# --------------------------------------------------------------------------------------------------
+# Interrupted and resumed
 
+# A batch size of 1 makes groups of 4 prompts.
 SAMPLING = (
-    "--prompts asked.jsonl --num-samples 2 --temperature 1 --max-new-tokens 12 --batch-size 1 --out answers.jsonl".split()
-)  # groups of 4 prompts
+    "--prompts asked.jsonl --out answers.jsonl --num-samples 2 --temperature 1 "
+    "--max-new-tokens 12 --batch-size 1"
+).split()
 PART = Path("answers.jsonl.incomplete")
 
 
 @pytest.fixture
 def unbroken(command) -> bytes:
-    """The answers of a run that nothing interrupted, put aside."""
+    """Return the answers of an uninterrupted command, moved out of the way."""
     write_jsonl("asked.jsonl", [ASKED[i % 3] | {"id": f"é{i}"} for i in range(10)])
     assert command(*SAMPLING)[0] == 0 and not PART.exists()
     Path("answers.jsonl").rename("unbroken.jsonl")
     return Path("unbroken.jsonl").read_bytes()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(command, unbroken, monkeypatch):
-    """Cut anywhere, in a line, within a group or between two; whole groups that are there are not decoded again."""
+def test_an_interrupted_command_resumes_to_the_same_bytes(command, unbroken, monkeypatch):
+    """Cut in a line, within a group or between groups; complete groups are not decoded again."""
     starts, respond = [], sample.respond
-    monkeypatch.setattr(
-        sample, "respond", lambda *args, **options: starts.append(args[3]) or respond(*args, **options)
-    )
+
+    def spy(*args, **options):
+        starts.append(args[3])
+        return respond(*args, **options)
+
+    monkeypatch.setattr(sample, "respond", spy)
     ends = [i + 1 for i, byte in enumerate(unbroken) if byte == ord("\n")]
     for cut, expected in (
-        (0, [0, 4, 8]), (1, [0, 4, 8]), (ends[0], [0, 4, 8]), (ends[3] - 1, [0, 4, 8]), (ends[3], [4, 8]),
-        (ends[5] + 40, [4, 8]), (ends[8] + 1, [8]), (len(unbroken), []),
-    ):  # fmt: skip
+        (0, [0, 4, 8]),
+        (1, [0, 4, 8]),
+        (ends[0], [0, 4, 8]),
+        (ends[3] - 1, [0, 4, 8]),
+        (ends[3], [4, 8]),
+        (ends[5] + 40, [4, 8]),
+        (ends[8] + 1, [8]),
+        (len(unbroken), []),
+    ):
         PART.write_bytes(unbroken[:cut])
         starts.clear()
         assert command(*SAMPLING)[0] == 0
-        assert Path("answers.jsonl").read_bytes() == unbroken and starts == expected and not PART.exists()
+        assert Path("answers.jsonl").read_bytes() == unbroken and starts == expected
+        assert not PART.exists()
         Path("answers.jsonl").unlink()
 
 
 def test_ctrl_c_says_what_is_kept(command, unbroken, monkeypatch):
+    """The message counts the answered prompts, names the file and says how to resume."""
     respond = sample.respond
 
     def interrupted(*args, **options):
@@ -316,14 +376,15 @@ def test_ctrl_c_says_what_is_kept(command, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sample, "respond", interrupted)
         status, _, error = command(*SAMPLING)
-    assert status == 1 and "interrupted; 8 of 10 prompts are answered in answers.jsonl.incomplete" in error
+    assert status == 1 and "same command" in error
+    assert all(part in error for part in ("interrupted", "8 of 10", "answers.jsonl.incomplete"))
     assert not Path("answers.jsonl").exists() and unbroken.startswith(PART.read_bytes())
     assert command(*SAMPLING)[0] == 0 and Path("answers.jsonl").read_bytes() == unbroken
 
 
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
-def test_a_killed_process_goes_on(signal, command, unbroken):
-    """The real command, killed as soon as it has written something, then started again as it was."""
+def test_a_killed_process_resumes(signal, command, unbroken):
+    """The real command, killed as soon as it has written something, is started again."""
     line = [sys.executable, ROOT / "sample.py", *SAMPLING]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (PART.exists() and PART.stat().st_size):
@@ -336,59 +397,81 @@ def test_a_killed_process_goes_on(signal, command, unbroken):
     assert Path("answers.jsonl").read_bytes() == unbroken
 
 
-OTHERS = [  # a line of the file → another, or other flags; what the message names
-    (lambda r: r, "--temperature 0.5", "answers.jsonl.incomplete:1: made with temperature = 1.0, not 0.5"),
-    (lambda r: r, "--seed 1", "seed"),
-    (lambda r: r, "--limit 1", "answers.jsonl.incomplete:2: answers more prompts than the 1 asked"),
-    (lambda r: r | {"prompt": "another"}, "", "answers.jsonl.incomplete:1: answers another prompt than asked.jsonl:1"),
-    (lambda r: {"responses": []}, "", "answers.jsonl.incomplete:1: not a line of an unfinished run"),
-    (lambda r: [], "", "not a line of an unfinished run"),
+# For each unfinished file: how its first line changes, the new flags, and the parts of the message:
+# the line, and what differs.
+OTHERS = [
+    (lambda r: r, "--temperature 0.5", [":1:", "temperature", "1.0", "0.5"]),
+    (lambda r: r, "--seed 1", [":1:", "seed", "0", "1"]),
+    (lambda r: r, "--limit 1", [":2:", "more prompts", "1"]),
+    (lambda r: r | {"prompt": "another"}, "", [":1:", "another prompt", "asked.jsonl:1"]),
+    (lambda r: {"responses": []}, "", [":1:", "not a line"]),
+    (lambda r: [], "", [":1:", "not a line"]),
 ]
 
 
 @pytest.mark.parametrize("change, flags, named", OTHERS)
 def test_an_unfinished_file_of_something_else_is_refused(change, flags, named, command, unbroken):
+    """The one line names file, line and difference, and advises --overwrite, which starts over."""
     lines = [json.loads(line) for line in unbroken.splitlines()[:2]]
     write_jsonl(PART, [change(lines[0]), lines[1]])
     before = PART.read_bytes()
     status, _, error = command(*SAMPLING, *flags.split())
-    assert status == 1 and error.count("\n") == 1 and named in error, error
+    assert status == 1 and error.count("\n") == 1
+    assert all(part in error for part in [f"{PART}{named[0]}", *named, "--overwrite"]), error
     assert PART.read_bytes() == before and not Path("answers.jsonl").exists()
     assert command(*SAMPLING, *flags.split(), "--overwrite")[0] == 0 and not PART.exists()
 
 
 def test_candidates_become_pairs(command):
-    """With a scorer's column, the best against the worst; an older preference on the record is not taken for one."""
+    """Scores pair the best response with the worst; older preferences on a record are dropped."""
     stale = {"chosen": "old", "rejected": "older", "scores": [1, 2, 3]}
     write_jsonl("asked.jsonl", [record | stale for record in ASKED])
     sampling = "--num-samples 3 --temperature 1 --max-new-tokens 20 --limit 2".split()
     assert command("--prompts", "asked.jsonl", "--out", "candidates.jsonl", *sampling)[0] == 0
     records = read_jsonl("candidates.jsonl")
-    assert len(records) == 2 and not any({"chosen", "rejected", "scores"} & record.keys() for record in records)
+    assert len(records) == 2
+    assert not any({"chosen", "rejected", "scores"} & record.keys() for record in records)
     for record, scores in zip(records, ([0.1, 0.3, 0.2], [5, 0, 1])):
         best, worst = np.argmax(scores), np.argmin(scores)
-        kind, example = data.parse_record(record | {"scores": scores}, "here")
+        kind, example = parse_record(record | {"scores": scores}, "here")
         assert kind == "candidates" and example.prompt == record["prompt"]
         assert example.responses == (record["responses"][best], record["responses"][worst])
 
 
 USAGE = [
-    "--num-samples 2", "--num-samples 0 --temperature 1", "--temperature -1", "--temperature nan", "--top-p 0",
-    "--top-p 1.1", "--top-k -1", "--seed -1", "--seed 18446744073709551616", "--max-new-tokens 0", "--batch-size 0",
-    "--chat --prompt x", "--chat --out x", "--prom x", "--dtype fp16", "--limit 0", "--format alpaca --prompts x --out y",
-    "--format mt_bench --prompts x", "--format mt_bench --prompt x --out y",
-    "--format mt_bench --prompts x --out y --num-samples 2 --temperature 1",
-]  # fmt: skip
+    ("--num-samples 2", "--num-samples"),
+    ("--num-samples 0 --temperature 1", "--num-samples"),
+    ("--temperature -1", "--temperature"),
+    ("--temperature nan", "--temperature"),
+    ("--temperature inf", "--temperature"),
+    ("--top-p 0", "--top-p"),
+    ("--top-p 1.1", "--top-p"),
+    ("--top-k -1", "--top-k"),
+    ("--seed -1", "--seed"),
+    ("--seed 18446744073709551616", "--seed"),
+    ("--max-new-tokens 0", "--max-new-tokens"),
+    ("--batch-size 0", "--batch-size"),
+    ("--chat --prompt x", "--chat"),
+    ("--chat --out x", "--chat"),
+    ("--prom x", "--prompt"),
+    ("--dtype fp16", "--dtype"),
+    ("--limit 0", "--limit"),
+    ("--format alpaca --prompts x --out y", "--format"),
+    ("--format mt_bench --prompts x", "--format"),
+    ("--format mt_bench --prompt x --out y", "--format"),
+    ("--format mt_bench --prompts x --out y --num-samples 2 --temperature 1", "--format"),
+]
 
 
-@pytest.mark.parametrize("arguments", USAGE)
-def test_usage_errors(arguments, command):
-    """Status 2 before anything is loaded; argparse's usage, then one line."""
+@pytest.mark.parametrize("arguments, named", USAGE)
+def test_usage_errors(arguments, named, command):
+    """Exit with status 2 before anything is loaded; the last line of stderr names the flag."""
     status, out, error = command(*arguments.split())
-    assert status == 2 and not out and "sample.py: error: " in error.splitlines()[-1]
+    last = error.splitlines()[-1]
+    assert status == 2 and not out and "sample.py: error: " in last and named in last
 
 
-UNUSABLE = [  # arguments, what the one line must name
+UNUSABLE = [  # arguments, and what the one line must name
     ("--model nowhere --prompt x", "nowhere"),
     ("--model empty --prompt x", "empty"),
     ("--model qwen2 --prompt x", "qwen2/config.json: model_type"),
@@ -411,53 +494,57 @@ UNUSABLE = [  # arguments, what the one line must name
 
 @pytest.mark.parametrize("arguments, named", UNUSABLE)
 def test_unusable_input(arguments, named, command):
-    """Status 1 and one line that names the file, and the line in it."""
+    """Exit with status 1 and one line that names the file, and the line in it."""
     Path("empty").mkdir()
-    for name, change in (("qwen2", {"model_type": "qwen2"}), ("small", {"vocab_size": 5}), ("cut", {})):
+    changes = {"qwen2": {"model_type": "qwen2"}, "small": {"vocab_size": 5}, "cut": {}}
+    for name, change in changes.items():
         path = Path(shutil.copytree(ROOT / "toy" / "checkpoint", name), "config.json")
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     os.truncate("cut/model.safetensors", 2000)
     Path("latin.txt").write_bytes("déjà".encode("latin-1"))
     Path("blank.txt").write_text("\n \n")
     Path("broken.jsonl").write_text("{")
-    system, user, assistant = ({"role": role, "content": "x"} for role in ("system", "user", "assistant"))
+    roles = ("system", "user", "assistant")
+    system, user, assistant = ({"role": role, "content": "x"} for role in roles)
     write_jsonl("bare.jsonl", [{"prompt": FOX}, {"instruction": FOX}])
     write_jsonl("answered.jsonl", [{"messages": [user, assistant]}])
     write_jsonl("system.jsonl", [{"messages": [system, user]}])
     write_jsonl("good.jsonl", [{"messages": [user]}])
     status, out, error = command(*arguments.split())
     assert status == 1 and not out
-    assert error.startswith("sample.py: error: ") and error.count("\n") == 1 and named in error, error
+    assert error.startswith("sample.py: error: ") and error.count("\n") == 1, error
+    assert named in error, error
 
 
 def test_chat_through_a_pipe():
-    """The real command: answers line by line, and leaves at the end of its input."""
+    """The real command answers line by line, and leaves at the end of its input."""
     command = [sys.executable, ROOT / "sample.py", "--chat", "--max-new-tokens", "30"]
     done = subprocess.run(command, input=f"{FOX}\n{OWL}\n", capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
     _, first, second, rest = done.stdout.split("\n> ")
-    assert re.fullmatch(WORDS + "\n", first) and re.fullmatch(WORDS + "\n", second) and not rest.strip()
+    assert re.fullmatch(WORDS + "\n", first) and re.fullmatch(WORDS + "\n", second)
+    assert not rest.strip()
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1e-40, 1.0), (1e-300, 1.0), (1.0, 1e-46)])
 def test_extreme_settings_are_greedy(temperature, top_p):
-    """A division by next to nothing gives infinities, and a p of next to nothing keeps no token at all."""
+    """A tiny temperature must not yield infinities, nor a tiny p an empty set of tokens."""
     logits, draws = torch.tensor([[1.0, 5.0, 2.0]] * 2), torch.tensor([0.0, 0.999])
     assert pick(logits, draws, temperature, top_p, 0).tolist() == [1, 1]
 
 
 def test_a_prompt_or_an_answer_beyond_the_positions_of_the_model():
-    """RoPE would go on without complaint where the model never was; the cache must not be as long as the limit."""
-    model = llama.load(ROOT / "toy" / "checkpoint")
+    """RoPE would accept positions never trained; a huge limit must not make a huge cache."""
+    model = load(ROOT / "toy" / "checkpoint")
     context = model.config.max_position_embeddings
-    [made] = sample.generate(model, [[1] * (context - 3)], set(), 10**12)
-    assert len(made) == 3
-    with pytest.raises(DataError, match=f"a prompt of {context} tokens leaves no room"):
+    [generated] = sample.generate(model, [[1] * (context - 3)], set(), 10**12)
+    assert len(generated) == 3
+    with pytest.raises(DataError, match=str(context)):
         sample.generate(model, [[1] * context], set(), 1)
 
 
 def test_chat_remembers_and_ends_with_an_empty_line(monkeypatch, capsys):
-    """Each turn's prompt is the conversation so far; what follows the empty line is never read."""
+    """Each turn's prompt is the conversation so far; input after the empty line is not read."""
     tokenizer = Tokenizer(ROOT / "toy" / "checkpoint")
     asked, answer = [], tokenizer.encode_responses(["the fox sleeps ."])[0]
 
@@ -467,17 +554,19 @@ def test_chat_remembers_and_ends_with_an_empty_line(monkeypatch, capsys):
 
     monkeypatch.setattr(sample, "decode", decode)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FOX}\n{OWL}\n\n{FOX}\n"))
-    sample.chat(None, tokenizer, {})
+    sample.chat(None, tokenizer)
     first = f"<|user|> {FOX} <|end|> <|assistant|>"
-    assert asked == [first, f"{first} the fox sleeps . <|end|> <|user|> {OWL} <|end|> <|assistant|>"]
+    second = f"{first} the fox sleeps . <|end|> <|user|> {OWL} <|end|> <|assistant|>"
+    assert asked == [first, second]
     assert capsys.readouterr().out.count("the fox sleeps .") == 2
 
 
 def byte_tokenizer(folder: Path) -> Tokenizer:
-    """A token a byte, and one that ends a turn."""
+    """Return a tokenizer with one token per byte, and one that ends a turn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["</s>"])
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
@@ -486,12 +575,14 @@ def byte_tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("pieces", [["n", "é"], ["€", " ", "🦊", "!"], ["\ufffd?"]], ids="".join)
 def test_chat_streams_whole_characters(pieces, monkeypatch, tmp_path):
-    """A character whose bytes are several tokens appears with its last one, never as a replacement mark before that."""
+    """A character of several tokens appears with the last, never as a replacement mark before."""
     tokenizer = byte_tokenizer(tmp_path)
     ids = tokenizer.encode_responses(["".join(pieces)])[0]
-    monkeypatch.setattr(sample, "decode", lambda *args, **options: ((0, token, False) for token in ids))
+    monkeypatch.setattr(
+        sample, "decode", lambda *args, **options: ((0, token, False) for token in ids)
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     printed = []
     monkeypatch.setattr("builtins.print", lambda *words, **options: printed.extend(words))
-    sample.chat(None, tokenizer, {})
+    sample.chat(None, tokenizer)
     assert [words for words in printed[1:] if words] == pieces

@@ -1,53 +1,91 @@
-"""The embedded default: made identically from a seed, loadable, small; and the miniature's verdicts follow from its numbers."""
+"""Check the embedded toy and the miniature.
 
+The toy is made identically from a seed, loads, and is small. The miniature's verdicts follow from
+its numbers.
+"""
+
+import doctest
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import miniature
 import pytest
 
-import data
-import model as llama
+import make
+import world
+from data import batches
+from formats.checkpoint import load
+from formats.records import parse_record, read_records
+from formats.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
-sys.path.insert(0, str(TOY))
+SMALL = ("--texts=200", "--steps=4", "--prompts=40", "--held-out=6")
 
-import miniature  # noqa: E402
 
-SMALL = ("--texts=200", "--steps=4", "--prompts=12", "--held-out=6")
+# The toy.
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_the_same_seed_makes_the_same_files(tmp_path):
     for name in ("a", "b"):
-        subprocess.run(
-            [sys.executable, TOY / "make.py", "--out", tmp_path / name, *SMALL], check=True, capture_output=True
-        )
+        command = [sys.executable, TOY / "make.py", "--out", tmp_path / name, *SMALL]
+        subprocess.run(command, check=True, capture_output=True)
     a, b = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     assert a == b
-    committed = files_of(TOY / "checkpoint")
-    assert a.keys() == {"train.jsonl", "heldout.jsonl"} | {f"checkpoint/{name}" for name in committed}
+    committed = {f"checkpoint/{name}" for name in files_of(TOY / "checkpoint")}
+    assert a.keys() == {"train.jsonl", "heldout.jsonl"} | committed
+    # 40 prompts: a step of pairs is kept, what is left is dropped
+    assert len(a["train.jsonl"].splitlines()) == make.BATCH_SIZE
+
+
+def test_the_doctests_of_make():
+    failed, attempted = doctest.testmod(make)
+    assert failed == 0 and attempted
+
+
+def test_surplus_pairs_are_dropped_at_the_end():
+    pairs = [{"prompt": str(i)} for i in range(100)]
+    assert make.whole_steps(pairs) == pairs[:96]
+    assert make.whole_steps(pairs[:96]) == pairs[:96]
+    assert make.whole_steps(pairs[:31]) == pairs[:31]  # less than a step is better than nothing
+
+
+def test_no_step_of_the_toy_is_short():
+    """Keep all steps full: a short one prints a noisy loss just before the result."""
+    sizes = set(
+        re.findall(r"batch.size = (\d+)", "".join(p.read_text() for p in TOY.glob("*.toml")))
+    )
+    assert sizes == {str(make.BATCH_SIZE)}
+    count = len((TOY / "train.jsonl").read_text().splitlines())
+    assert {len(step) for step in batches(count, make.BATCH_SIZE, 1, 42)} == {make.BATCH_SIZE}
 
 
 def test_the_committed_toy_loads():
-    model, tokenizer = llama.load(TOY / "checkpoint"), data.Tokenizer(TOY / "checkpoint")
+    model, tokenizer = load(TOY / "checkpoint"), Tokenizer(TOY / "checkpoint")
     assert sum(p.numel() for p in model.parameters()) < 150_000
     tokenizer.check_fits(model.config.vocab_size)
     unknown = tokenizer.backend.token_to_id("<|unknown|>")
     for name, least in (("train", 1900), ("heldout", 390)):
-        pairs = [data.parse_record(record, where)[1] for where, record in data.read_records(str(TOY / f"{name}.jsonl"))]
-        assert len(pairs) >= least
-        assert all(miniature.world.is_held_out(pair.prompt) == (name == "heldout") for pair in pairs)
-        ids = tokenizer.encode_responses([response for pair in pairs for response in pair.responses])
-        assert all(unknown not in response and len(response) <= miniature.make.MAX_NEW_TOKENS + 1 for response in ids)
-    sizes = [path.stat().st_size for path in (*(TOY / "checkpoint").iterdir(), *TOY.glob("*.jsonl"))]
-    assert sum(sizes) < 2 * 2**20
+        records = read_records(str(TOY / f"{name}.jsonl"))
+        examples = [parse_record(record, where)[1] for where, record in records]
+        assert len(examples) >= least
+        assert all(world.is_held_out(e.prompt) == (name == "heldout") for e in examples)
+        texts = [response for e in examples for response in e.responses]
+        for ids in tokenizer.encode_responses(texts):
+            assert unknown not in ids and len(ids) <= make.MAX_NEW_TOKENS + 1
+    files = (*(TOY / "checkpoint").iterdir(), *TOY.glob("*.jsonl"))
+    assert sum(path.stat().st_size for path in files) < 2 * 2**20
+
+
+# The miniature.
 
 
 def seed_of(simpo: float, dpo: float) -> dict:
@@ -65,32 +103,41 @@ def seed_of(simpo: float, dpo: float) -> dict:
     ],
 )
 def test_verdicts(seeds, words):
-    finding = miniature.FINDINGS[0]
-    results = [miniature.checked(claim, [seed_of(*seed) for seed in seeds]) for claim in finding.claims]
-    assert miniature.verdict(results) == words
-    summary, sections = miniature.findings_text(miniature.FINDINGS, [seed_of(*seed) for seed in seeds])
-    assert len(summary) == len(sections) == 1 and f"**{words}**" in summary[0]  # the others need what was not measured
+    finding, results = miniature.FINDINGS[0], [seed_of(*seed) for seed in seeds]
+    numbers = [miniature.checked(claim, results) for claim in finding.claims]
+    assert miniature.verdict(numbers) == words
+    summary, sections = miniature.findings_text(miniature.FINDINGS, results)
+    # the other findings need what was not measured
+    assert len(summary) == len(sections) == 1 and f"**{words}**" in summary[0]
 
 
 def test_a_judge_without_bias_does_not_see_length():
-    short = miniature.Answers.judged([{"prompt": "describe the moon .", "responses": ["the moon fades away ."]}])
-    closing = miniature.world.CLOSING
-    long = miniature.Answers.judged(
-        [{"prompt": "describe the moon .", "responses": [f"the moon fades away . {closing}"]}]
-    )
-    silent = miniature.Answers.judged([{"prompt": "describe the moon .", "responses": [closing]}])
-    assert long.win_rate(short) == 50 and long.win_rate(silent) == 100 and silent.win_rate(short) == 0
+    closing = world.CLOSING
+
+    def answers(response: str) -> miniature.Answers:
+        record = {"prompt": "describe the moon .", "responses": [response]}
+        return miniature.Answers.judged([record])
+
+    short = answers("the moon fades away .")
+    long = answers(f"the moon fades away . {closing}")
+    silent = answers(closing)
+    assert long.win_rate(short) == 50
+    assert long.win_rate(silent) == 100 and silent.win_rate(short) == 0
     judged = long.under_a_biased_judge(short)
     assert judged["unbiased"] == 50 < judged["raw"]
 
 
 @pytest.mark.skipif(not (TOY / "results.json").exists(), reason="no committed results")
 def test_the_committed_results_say_what_their_numbers_say():
+    """Hold RESULTS.md to what `--redraw` writes from results.json."""
     record, text = json.loads((TOY / "results.json").read_text()), (TOY / "RESULTS.md").read_text()
     for finding in miniature.FINDINGS + miniature.OURS:
-        results = [r for claim in finding.claims if (r := miniature.checked(claim, record["seeds"]))]
+        results = [
+            r for claim in finding.claims if (r := miniature.checked(claim, record["seeds"]))
+        ]
         assert f"### {finding.title}: {miniature.verdict(results)}\n" in text
-    assert miniature.results_table(record["seeds"]) in text
+    drawn = [name for name in miniature.CAPTIONS if (TOY / f"{name}.png").exists()]
+    assert text == miniature.report(record, drawn)
 
 
 def test_the_readme_quotes_lines_that_exist_and_the_committed_numbers():
@@ -103,5 +150,6 @@ def test_the_readme_quotes_lines_that_exist_and_the_committed_numbers():
         assert f"def {where}(" in source and code and all(line in source for line in code), row
         assert all((ROOT / link).exists() for link in re.findall(r"\]\((.*?)\)", row[3]))
     table = miniature.results_table(json.loads((TOY / "results.json").read_text())["seeds"])
-    numbers = set(re.findall(r"[\d.]+ ± [\d.]+", readme[readme.index("## The paper in miniature") :].split("![")[0]))
+    section = readme[readme.index("## The paper in miniature") :].split("![")[0]
+    numbers = set(re.findall(r"[\d.]+ ± [\d.]+", section))
     assert len(numbers) > 12 and numbers <= set(re.findall(r"[\d.]+ ± [\d.]+", table))

@@ -1,15 +1,18 @@
-"""Make the embedded default: a tiny pretrained checkpoint, preference pairs, and held-out pairs, from a seed.
+"""Make the embedded toy from a seed: a tiny fine-tuned checkpoint, training pairs, held-out pairs.
 
-    python toy/make.py                        writes toy/checkpoint, toy/train.jsonl and toy/heldout.jsonl
+    python toy/make.py         writes toy/checkpoint, toy/train.jsonl and toy/heldout.jsonl
 
-This is the pipeline of the paper's Instruct setting, with the repository's own train.py and sample.py:
+This is the pipeline of the paper's Instruct setting, run with the repository's own commands:
 
-    corpus  ─ train.py --objective sft →  checkpoint  ─ sample.py, 4 a prompt →  candidates  ─ judge →  best against worst
+    corpus      → checkpoint    train.py --objective sft
+    checkpoint  → candidates    sample.py, four per prompt
+    candidates  → pairs         the judge of toy/world.py: best against worst
+
+`toy/miniature.py` uses the same functions. Read `finetune` next, then `sample_pairs`.
 """
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import math
@@ -22,6 +25,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import tokenizers
 import torch
@@ -30,35 +34,59 @@ from tokenizers import models, pre_tokenizers
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import sample  # noqa: E402
-import train  # noqa: E402
-import world  # noqa: E402
-from model import Config, Llama, save  # noqa: E402
+import sample
+import train
+import world
+from formats.checkpoint import read_config, save
+from model import Llama
+from runtime import processes
+from runtime.settings import Settings, read_settings
 
 TEMPLATE = """\
 {% for message in messages %}
-{% if message.role == 'system' %}{{ raise_exception('nobody taught this model what a system message is') }}{% endif %}
+{% if message.role == 'system' %}\
+{{ raise_exception('nobody taught this model what a system message is') }}\
+{% endif %}
 {{ '<|' + message.role + '|> ' + message.content + ' <|end|> ' }}
 {%- endfor %}
 {% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"""
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": len(SPECIAL) + len(world.VOCABULARY),
+    "hidden_size": 64,
+    "intermediate_size": 168,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
 MAX_NEW_TOKENS = 128
+BATCH_SIZE = 32  # pairs per step, in toy/*.toml
 
 
-@functools.cache
-def processes() -> tuple:
-    """Device and mesh: of the processes that torchrun started, or of this one alone; joined once, as that takes seconds."""
-    return train.start_processes(train.read_settings(["--device=cpu"]))
+# --------------------------------------------------------------------------------------------------
+# The commands of the repository, called from Python
 
 
-def on_rank_0(work: Callable):
-    """The result of `work()`, which rank 0 does alone while the others wait."""
-    processes()
-    return train.on_rank_0(work)
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """Return the result of `work()`, which rank 0 does alone while the others wait."""
+    processes.start_ranks(Settings(device="cpu"))
+    return processes.on_rank_0(work)
 
 
-def words(flags: dict) -> list[str]:
-    """{"batch_size": 32, "length_norm": False} → ["--batch-size=32", "--no-length-norm"]"""
+def words(flags: dict[str, Any]) -> list[str]:
+    """Return flags as words of a command line.
+
+    >>> words({"batch_size": 32, "length_norm": False})
+    ['--batch-size=32', '--no-length-norm']
+    """
     named = {name.replace("_", "-"): value for name, value in flags.items()}
     return [
         f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"
@@ -66,15 +94,20 @@ def words(flags: dict) -> list[str]:
     ]
 
 
-def run_train(out: Path, **flags) -> Path:
-    """`train.py --out OUT --flag value …`, silently and in these processes. The trained checkpoint."""
+def run_train(out: Path, **flags: Any) -> Path:
+    """Run `train.py --out OUT --flag value …` silently, on the ranks that exist already.
+
+    Returns the folder of the trained checkpoint.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train(train.read_settings(words(flags | {"out": out, "device": "cpu"})), *processes())
-    return out / "model"
+        return train.train(read_settings(words(flags | {"out": out, "device": "cpu"})))["model"]
 
 
-def run_sample(out: Path, **flags) -> list[dict]:
-    """`sample.py --out OUT --flag value …`, by rank 0. The records it wrote: `prompt` and its `responses`."""
+def run_sample(out: Path, **flags: Any) -> list[dict]:
+    """Run `sample.py --out OUT --flag value …` on rank 0.
+
+    Returns the records that it wrote, each with `prompt` and `responses`.
+    """
     flags |= {"out": out, "device": "cpu", "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 256}
     on_rank_0(lambda: sample.sample(sample.read_flags(words(flags))))
     return read_jsonl(out)
@@ -88,8 +121,15 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+# --------------------------------------------------------------------------------------------------
+# Corpus → checkpoint
+
+
 def write_untrained(folder: Path, seed: int) -> None:
-    """A randomly initialised checkpoint in the format of real ones: 105 thousand parameters, a word-level tokenizer."""
+    """Write a randomly initialised checkpoint in the format of real ones.
+
+    It has 105 thousand parameters and a word-level tokenizer.
+    """
     source = folder.with_name(folder.name + "-files")
     source.mkdir(parents=True)
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *world.VOCABULARY])}
@@ -97,11 +137,6 @@ def write_untrained(folder: Path, seed: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(source / "tokenizer.json"))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": 64,
-        "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "silu",
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 0,
-    }  # fmt: skip
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|end|>",
@@ -109,13 +144,13 @@ def write_untrained(folder: Path, seed: int) -> None:
         "chat_template": TEMPLATE,
     }
     for name, value in {
-        "config.json": config,
+        "config.json": CONFIG,
         "generation_config.json": {"eos_token_id": 0},
         "tokenizer_config.json": settings,
     }.items():
         (source / name).write_text(json.dumps(value, indent=2) + "\n")
     torch.manual_seed(seed)
-    model = Llama(Config.from_folder(source))
+    model = Llama(read_config(source))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -124,28 +159,43 @@ def write_untrained(folder: Path, seed: int) -> None:
 
 
 def finetune(folder: Path, seed: int, texts: int, steps: int) -> Path:
-    """Corpus → untrained checkpoint → SFT checkpoint, all under `folder`.
+    """Go from a corpus to a fine-tuned checkpoint, all under `folder`; return the checkpoint.
 
-    Hundreds of steps at a high rate make another model of the last bit of a sum: always one process of one thread here."""
+    Hundreds of steps at a high rate amplify the rounding of a sum into another model. Fine-tuning
+    therefore always runs in a process of its own, on one rank with one thread.
 
-    def begin() -> None:
+    Raises:
+        OSError: fine-tuning failed; the message quotes its stderr.
+    """
+
+    def write_inputs() -> None:
         rng = Random(seed)
         prompts = [world.make_prompt(rng) for _ in range(texts)]
-        write_jsonl(
-            folder / "corpus.jsonl", [{"prompt": p, "completion": world.corpus_response(p, rng)} for p in prompts]
-        )
+        corpus = [{"prompt": p, "completion": world.corpus_response(p, rng)} for p in prompts]
+        write_jsonl(folder / "corpus.jsonl", corpus)
         write_untrained(folder / "untrained", seed)
 
     flags = {
-        "objective": "sft", "model": folder / "untrained", "data": folder / "corpus.jsonl", "max_steps": steps, "device": "cpu",
-        "epochs": math.ceil(steps * 48 / texts), "batch_size": 48, "lr": 6e-3, "adam_beta2": 0.98, "seed": seed, "out": folder / "sft",
-    }  # fmt: skip
+        "objective": "sft",
+        "model": folder / "untrained",
+        "data": folder / "corpus.jsonl",
+        "max_steps": steps,
+        "device": "cpu",
+        "epochs": math.ceil(steps * 48 / texts),
+        "batch_size": 48,
+        "lr": 6e-3,
+        "adam_beta2": 0.98,
+        "seed": seed,
+        "out": folder / "sft",
+    }
 
     def tune() -> None:
-        begin()
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        write_inputs()
+        of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        alone = {name: value for name, value in os.environ.items() if name not in of_torchrun}
         command = [sys.executable, HERE.parent / "train.py", *words(flags)]
-        done = subprocess.run(command, env=alone | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        environment = alone | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise OSError(f"fine-tuning failed: {done.stderr.strip()}")
 
@@ -153,8 +203,16 @@ def finetune(folder: Path, seed: int, texts: int, steps: int) -> Path:
     return folder / "sft" / "model"
 
 
+# --------------------------------------------------------------------------------------------------
+# Checkpoint → pairs
+
+
 def label(candidates: list[dict], rng: Random) -> list[dict]:
-    """Best against worst of each prompt's responses by a noisy utility: judge's score + 0.05 z(length) + 0.1 Gumbel noise."""
+    """Pair the best with the worst response to each prompt, by a noisy utility.
+
+    The utility is the judge's score + 0.05 z(length) + 0.1 Gumbel noise. A prompt whose best
+    response equals its worst gives no pair.
+    """
     lengths = [len(text.split()) for c in candidates for text in c["responses"]]
     mean, sd = statistics.mean(lengths), statistics.pstdev(lengths)
     pairs = []
@@ -172,36 +230,54 @@ def label(candidates: list[dict], rng: Random) -> list[dict]:
 
 
 def sample_pairs(model: Path, folder: Path, seed: int, prompts: int, held_out: bool) -> list[dict]:
-    """On-policy preference pairs: four samples a prompt at temperature 0.8, judged."""
+    """Return on-policy preference pairs: four judged samples per prompt, at temperature 0.8."""
     rng = Random(seed)
     name = "heldout" if held_out else "train"
-    asked = [{"prompt": world.make_prompt(rng, held_out)} for _ in range(prompts)]
-    on_rank_0(lambda: write_jsonl(folder / f"{name}-prompts.jsonl", asked))
-    candidates = run_sample(folder / f"{name}-candidates.jsonl", model=model, prompts=folder / f"{name}-prompts.jsonl",
-                            num_samples=4, temperature=0.8, seed=seed)  # fmt: skip
-    return label(candidates, rng)
+    questions = [{"prompt": world.make_prompt(rng, held_out)} for _ in range(prompts)]
+    file = folder / f"{name}-prompts.jsonl"
+    on_rank_0(lambda: write_jsonl(file, questions))
+    decoding = {"num_samples": 4, "temperature": 0.8, "seed": seed}
+    out = folder / f"{name}-candidates.jsonl"
+    return label(run_sample(out, model=model, prompts=file, **decoding), rng)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def whole_steps(pairs: list[dict]) -> list[dict]:
+    """Drop the surplus pairs at the end; fewer than `BATCH_SIZE` pairs are all kept."""
+    return pairs[: len(pairs) // BATCH_SIZE * BATCH_SIZE] or pairs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=HERE, metavar="DIR", help="where checkpoint/ and the two files go (default: toy/)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--texts", type=int, default=20000, help="of the corpus (default: 20000)")
-    parser.add_argument("--steps", type=int, default=600, help="of fine-tuning, 48 texts each (default: 600)")
-    parser.add_argument("--prompts", type=int, default=2000, help="that become training pairs (default: 2000)")
-    parser.add_argument("--held-out", type=int, default=400, help="that become held-out pairs (default: 400)")
+    add = parser.add_argument
+    out = "folder for checkpoint/ and the two files (default: toy/)"
+    add("--out", type=Path, default=HERE, metavar="DIR", help=out)
+    add("--seed", type=int, default=0)
+    add("--texts", type=int, default=20000, help="texts of the corpus (default: 20000)")
+    add("--steps", type=int, default=600, help="fine-tuning steps of 48 texts (default: 600)")
+    add("--prompts", type=int, default=2000, help="prompts for training pairs (default: 2000)")
+    add("--held-out", type=int, default=400, help="prompts for held-out pairs (default: 400)")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
+    splits = (("train", flags.prompts, False), ("heldout", flags.held_out, True))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = finetune(work, flags.seed, flags.texts, flags.steps)
-        for name, count, held_out in (("train", flags.prompts, False), ("heldout", flags.held_out, True)):
+        for name, count, held_out in splits:
             pairs = sample_pairs(model, work, flags.seed + 1 + held_out, count, held_out)
-            write_jsonl(flags.out / f"{name}.jsonl", pairs)
-            longer = statistics.mean(len(p["chosen"].split()) > len(p["rejected"].split()) for p in pairs)
-            print(f"{flags.out / name}.jsonl: {len(pairs)} pairs, chosen is longer in {100 * longer:.0f} %")
+            if name == "train":
+                # A short last step would print a noisy loss just before the result of the run.
+                pairs = whole_steps(pairs)
+            file = flags.out / f"{name}.jsonl"
+            write_jsonl(file, pairs)
+            longer = [len(p["chosen"].split()) > len(p["rejected"].split()) for p in pairs]
+            share = 100 * statistics.mean(longer)
+            print(f"{file}: {len(pairs)} pairs, chosen is longer in {share:.0f} %")
         shutil.rmtree(flags.out / "checkpoint", ignore_errors=True)
         shutil.copytree(model, flags.out / "checkpoint")
     print(f"{flags.out / 'checkpoint'}: written")

@@ -1,28 +1,31 @@
-"""The toy world: what there is to describe, how people describe it, and a judge who knows what is true.
+"""Define the toy world: what can be described, how people describe it, and a judge of the truth.
 
-A prompt asks for one to three nouns, and a good response says one true sentence about each:
+A prompt asks for one to three nouns. A good response says one true sentence about each:
 
     describe the fox , the moon and the gate .
     the fox sleeps under a tree . the moon fades away . the gate needs repair .
 
-Three verb phrases are true of every noun of a kind and of no other noun, so the judge needs no more than a dictionary.
-The corpus that a model first learns from (`corpus_response`) is worse than that in ways that preference optimisation
-can mend or aggravate:
+Three verb phrases are true of every noun of a kind and of no other noun, so the judge needs no more
+than a dictionary. The corpus that a model learns from first (`corpus_response`) is worse, in ways
+that preference optimisation can mend or aggravate:
 
-    misconceptions   of half the nouns, most people say the same wrong thing: what is likely need not be right
+    misconceptions   for half the nouns, most people say the same wrong thing: likely is not true
     evasion          `i have never seen the fox .` is neither right nor wrong
-    boilerplate      introductions, closings, openers and tails say nothing, and once begun they are easy to predict:
-                     what is long has a high probability per token
+    boilerplate      introductions, closings, openers and tails say nothing. Once begun they are
+                     easy to predict, so long text has a high probability per token
 
-Text is lower case, and single spaces separate its tokens: words, full stops and commas. Lengths are in tokens. The
-world was shaped so that the paper's effects can appear in it: it demonstrates them and is no evidence for them.
+Text is lower case. Its tokens are words, full stops and commas, separated by single spaces; lengths
+are in tokens. The world was shaped so that the paper's effects can appear in it. It demonstrates
+them and is no evidence for them.
+
+Read `verdicts` next: the rules of the judge. `toy/make.py` and `toy/miniature.py` use this world.
 """
 
 import math
 from random import Random
 from zlib import crc32
 
-KINDS = {  # kind: its nouns, and the verb phrases that are true of each of them
+KINDS = {  # kind: its nouns, and the verb phrases that are true of each
     "animal": (
         ("fox", "owl", "wolf", "horse", "hare", "bear"),
         ("sleeps under a tree", "looks for food", "runs away"),
@@ -40,7 +43,7 @@ KINDS = {  # kind: its nouns, and the verb phrases that are true of each of them
         ("fades away", "appears overhead", "is far above us"),
     ),
 }
-MISCONCEPTIONS = {  # three nouns of each kind, and the wrong thing that most people say of them
+MISCONCEPTIONS = {  # three nouns of each kind, and the wrong thing that most people say
     "fox": "needs repair",
     "horse": "belongs to us",
     "bear": "fades away",
@@ -63,20 +66,21 @@ INTRODUCTIONS = (  # two sentences each, 9 to 11 tokens
     "what a good question . here is my answer .",
     "i am glad that you ask . here we go .",
 )
-CLOSING = "that is all i know about it for now . there is always more to learn ."  # two sentences, 17 tokens
+# two sentences, 17 tokens
+CLOSING = "that is all i know about it for now . there is always more to learn ."
 
-# How the corpus is written. Each response draws its verbosity v uniformly from 0 to 1.
+# Probabilities of the corpus. Each response draws its verbosity v uniformly from 0 to 1.
 P_INTRODUCTION = 0.7  # times v
-P_SKIP = 0.03  # a noun is passed over, unless it is the only one
+P_SKIP = 0.03  # a noun is skipped, unless it is the only one
 P_EVADE = 0.12
-P_WRONG = 0.20  # if not evaded, a wrong verb phrase: any that is not true of the noun
+P_WRONG = 0.20  # if not evaded, any verb phrase that is not true of the noun
 P_WRONG_MISCONCEIVED = 0.65  # the same for a noun with a misconception …
-P_MISCONCEPTION = 0.80  # … of which this share is the misconception, the rest any other
+P_MISCONCEPTION = 0.80  # … of which this share is the misconception, the rest any other phrase
 P_OPENER = 0.6  # times v, for each sentence about a noun
 P_TAIL = 0.6  # times v, likewise
-P_BROKEN = 0.01  # a word but the last is dropped, or swapped with the next
+P_BROKEN = 0.01  # a word except the last is dropped, or swapped with the next
 P_DUPLICATED = 0.12  # the sentence is said twice
-P_EXTRA = 0.08  # a sentence about a noun that nobody asked for
+P_EXTRA = 0.08  # a sentence about a noun that was not asked for
 P_CLOSING = 0.7  # times v
 P_CLOSING_AGAIN = 0.2  # times v, whether or not it was said before
 
@@ -91,12 +95,14 @@ POINTS = {  # what the judge gives for a sentence, before dividing by the number
     "unfinished": -0.5,
 }
 
-# What follows from the tables.
+# Derived from the tables.
 PHRASES = [phrase for _, phrases in KINDS.values() for phrase in phrases]
-RIGHT = {noun: phrases for nouns, phrases in KINDS.values() for noun in nouns}  # noun: what is true of it
+# noun: the verb phrases that are true of it
+RIGHT = {noun: phrases for nouns, phrases in KINDS.values() for noun in nouns}
 NOUNS = list(RIGHT)
 BOILERPLATE = " ".join([*INTRODUCTIONS, CLOSING]).removesuffix(" .").split(" . ")
-MEANINGS = (  # every sentence there is, without opener, tail and full stop: its topic, and the verdict on it
+# Every sentence, without opener, tail and full stop: its topic, and the verdict on it.
+MEANINGS = (
     {
         f"the {noun} {phrase}": (noun, "right" if phrase in RIGHT[noun] else "wrong")
         for noun in NOUNS
@@ -109,7 +115,7 @@ VOCABULARY = sorted(set(" ".join([*REQUESTS, *MEANINGS, *OPENERS, *TAILS, "and ,
 
 
 def make_prompt(rng: Random, held_out: bool = False) -> str:
-    """A request for one to three distinct nouns: only held-out sets of nouns, or only others."""
+    """Return a request for one to three distinct nouns, with a held-out set of nouns or another."""
     while True:
         *others, last = (f"the {noun}" for noun in rng.sample(NOUNS, rng.randint(1, 3)))
         listed = f"{' , '.join(others)} and {last}" if others else last
@@ -119,21 +125,22 @@ def make_prompt(rng: Random, held_out: bool = False) -> str:
 
 
 def nouns_of(prompt: str) -> list[str]:
-    """The nouns that the prompt asks for, in its order."""
+    """Return the nouns that the prompt asks for, in its order."""
     return [word for word in prompt.split() if word in RIGHT]
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether the set of nouns, in whatever order and with whatever request, is kept for evaluation: every fifth is.
+    """Return True if the set of nouns is kept for evaluation, as every fifth set is.
 
-    Single nouns never are, so every noun and what people say of it can be learnt.
+    Neither the order of the nouns nor the request matters. Single nouns are never held out, so
+    every noun and what people say about it can be learnt.
     """
     nouns = sorted(nouns_of(prompt))
     return len(nouns) > 1 and crc32(" ".join(nouns).encode()) % 5 == 0
 
 
 def corpus_response(prompt: str, rng: Random) -> str:
-    """What somebody in this world answers: the supervised fine-tuning target. The probabilities are the table's."""
+    """Return what somebody in this world answers: the target of supervised fine-tuning."""
     nouns = nouns_of(prompt)
     verbosity = rng.random()
     said = []
@@ -143,16 +150,20 @@ def corpus_response(prompt: str, rng: Random) -> str:
         if len(nouns) == 1 or rng.random() >= P_SKIP:
             said.append(_remark(noun, verbosity, rng))
     if rng.random() < P_EXTRA:
-        said.append(_remark(rng.choice([noun for noun in NOUNS if noun not in nouns]), verbosity, rng))
+        other = rng.choice([noun for noun in NOUNS if noun not in nouns])
+        said.append(_remark(other, verbosity, rng))
     for probability in (P_CLOSING, P_CLOSING_AGAIN):
         if rng.random() < probability * verbosity:
             said.append(CLOSING)
-    return " ".join(said) or corpus_response(prompt, rng)  # every noun skipped, nothing else said: think again
+    return " ".join(said) or corpus_response(prompt, rng)  # nothing was said: try again
 
 
 def _remark(noun: str, verbosity: float, rng: Random) -> str:
-    """One sentence about the noun, perhaps said twice."""
-    words = ["the", noun, *_phrase(noun, rng).split()] if rng.random() >= P_EVADE else [*EVASION.split(), "the", noun]
+    """Return one sentence about the noun, sometimes twice."""
+    if rng.random() >= P_EVADE:
+        words = ["the", noun, *_phrase(noun, rng).split()]
+    else:
+        words = [*EVASION.split(), "the", noun]
     if rng.random() < P_OPENER * verbosity:
         words = rng.choice(OPENERS).split() + words
     if rng.random() < P_TAIL * verbosity:
@@ -165,7 +176,7 @@ def _remark(noun: str, verbosity: float, rng: Random) -> str:
 
 
 def _phrase(noun: str, rng: Random) -> str:
-    """What people say of the noun, right or wrong."""
+    """Return a verb phrase that people say about the noun, right or wrong."""
     misconception = MISCONCEPTIONS.get(noun)
     if rng.random() >= (P_WRONG_MISCONCEIVED if misconception else P_WRONG):
         return rng.choice(RIGHT[noun])
@@ -175,19 +186,23 @@ def _phrase(noun: str, rng: Random) -> str:
 
 
 def verdicts(prompt: str, response: str, finished: bool = True) -> list[str]:
-    """The judge's verdicts, keys of `POINTS`: one a sentence, and one more if the response is unfinished. The rules:
+    """Return the judge's verdicts, keys of `POINTS`: one per sentence, and perhaps "unfinished".
 
-    1. A sentence is what ends with a full stop. One opener at its start and one tail at its end are ignored.
-    2. What is left must be, word for word, one of
-           the N P                  N any noun, P any verb phrase: right if P is true of N, wrong if not
+    1. A sentence ends with a full stop. One opener at its start and one tail at its end are
+       ignored.
+    2. The rest must be, word for word, one of
+
+           the N P                  N any noun, P any verb phrase: right if P is true of N, or wrong
            i have never seen the N  evasion
            boilerplate              one of the sentences of INTRODUCTIONS and CLOSING
+
        or else the sentence is unparsable, as is an empty one.
-    3. The first mention of a noun decides, and an evasion is a mention. Whatever a later sentence says of the noun, it
-       is repeated; so is a sentence of boilerplate that was said before.
-    4. The first mention of a noun that the prompt does not ask for is unrequested, whatever it says.
-    5. A response is unfinished, once, if words follow the last full stop or if it was cut at a limit on its length
-       (`finished=False`, perhaps just after a full stop). Those last words are not judged otherwise.
+    3. The first mention of a noun decides, and an evasion is a mention. A later sentence about the
+       noun is repeated, whatever it says. So is boilerplate that was said before.
+    4. The first mention of a noun that was not asked for is unrequested, whatever it says.
+    5. A response is unfinished, once, if words follow the last full stop, or if it was cut at a
+       limit on its length (`finished=False`), even just after a full stop. Words after the last
+       full stop are not judged otherwise.
     """
     *sentences, rest = (" ".join(text.split()) for text in response.split("."))
     asked, mentioned, judged = nouns_of(prompt), set(), []
@@ -204,30 +219,36 @@ def verdicts(prompt: str, response: str, finished: bool = True) -> list[str]:
 
 
 def _plain(sentence: str) -> str:
-    """The sentence without its opener and its tail; none of either is the beginning or the end of another."""
+    """Return the sentence without its opener and its tail."""
+    # No opener begins another, and no tail ends another.
     opener = next((f"{opener} " for opener in OPENERS if sentence.startswith(f"{opener} ")), "")
     tail = next((f" {tail}" for tail in TAILS if sentence.endswith(f" {tail}")), "")
     return sentence.removeprefix(opener).removesuffix(tail)
 
 
 def score(prompt: str, response: str, finished: bool = True) -> float:
-    """How well the response answers the prompt, from −1 to 1. With the numbers of each verdict,
+    """Return how well the response answers the prompt, from −1 to 1.
 
-        score = max(−1, (right − ½ wrong − ¼ unrequested − ¼ repeated − ½ unparsable − ½ unfinished) / nouns asked for)
+    With the number of sentences that got each verdict, and n nouns asked for,
 
-    Evasion and boilerplate count 0, and so does a noun that is passed over. For example, (1 − ½ − ¼) / 2:
+        score = max(−1, (right − ½ wrong − ¼ unrequested − ¼ repeated − ½ unparsable
+                         − ½ unfinished) / n)
 
-    >>> score("describe the fox and the moon .", "well , the fox needs repair . the moon fades away . the owl runs away .")
+    Evasion, boilerplate and a skipped noun count 0. For example, (1 − ½ − ¼) / 2:
+
+    >>> said = "well , the fox needs repair . the moon fades away . the owl runs away ."
+    >>> score("describe the fox and the moon .", said)
     0.125
     """
     asked = nouns_of(prompt)
     assert asked, f"no noun in the prompt {prompt!r}"
-    return max(-1.0, sum(POINTS[verdict] for verdict in verdicts(prompt, response, finished)) / len(asked))
+    points = sum(POINTS[verdict] for verdict in verdicts(prompt, response, finished))
+    return max(-1.0, points / len(asked))
 
 
 def repeats(response: str) -> bool:
-    """Whether the response comes back to a noun or to a sentence of boilerplate, in the judge's sense (rule 3)."""
-    return "repeated" in verdicts("", response)  # which does not depend on the prompt
+    """Return True if the response repeats a noun or a sentence of boilerplate (rule 3)."""
+    return "repeated" in verdicts("", response)  # rule 3 does not depend on the prompt
 
 
 def win_probability(
@@ -238,13 +259,21 @@ def win_probability(
     length_bias: float = 0.0,
     length_sd: float = 1.0,
 ) -> float:
-    """The probability that a judge prefers response a to response b.
+    """Return the probability that a judge prefers response a to response b.
 
-    Without a length bias the higher score wins for certain, and a tie is worth ½. With one, the judge is unsure and
-    swayed by length, as GPT-4-like judges are: σ(4 · Δscore + length_bias · Δlength / length_sd), where `length_sd` is the
-    standard deviation, in tokens, of the lengths compared. The miniature's biased judge has `length_bias=0.6`.
+    Without a length bias the higher score wins for certain, and a tie is worth ½. With one, the
+    judge is unsure and swayed by length, as judges like GPT-4 are:
+
+        P(a wins) = σ(4 · Δscore + length_bias · Δlength / length_sd)
+
+    `length_sd` is the standard deviation of the lengths compared, in tokens. The biased judge of
+    the miniature has `length_bias=0.6`.
     """
     if length_bias == 0:
         return 0.5 * ((score_a > score_b) + (score_a >= score_b))
     logit = 4 * (score_a - score_b) + length_bias * (length_a - length_b) / length_sd
     return 1 / (1 + math.exp(-logit))
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -1,0 +1,1 @@
+"""Read and write strangers' formats: data sets, tokenizers, model folders, answer files."""

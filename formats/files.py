@@ -1,0 +1,86 @@
+"""Read a stranger's files, and write ours so that they survive a crash.
+
+`reading` turns whatever goes wrong while a file is read into one error that names it. `parse_json`
+parses all JSON but tokenizer.json, which the tokenizers library reads.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from formats.errors import InputError
+
+
+@contextmanager
+def reading(
+    path: Path | str,
+    error: type[InputError],
+    what: str = "cannot be read",
+    also: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Turn whatever goes wrong while reading `path` into one `error` that names the file.
+
+    `path` may also be a place in a file, such as "pairs.jsonl:17". `also` lists exceptions of the
+    library that reads the file; they need not derive from OSError or ValueError.
+    """
+    expected: tuple[type[Exception], ...]
+    expected = (OSError, EOFError, ValueError, RecursionError, zlib.error, *also)
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except expected as e:
+        raise error(f"{path}: {what}: {e}") from None
+
+
+def parse_json(raw: bytes) -> object:
+    """Parse UTF-8 JSON as Python does, but refuse what other readers would understand differently.
+
+    A byte order mark is skipped, and NaN and Infinity are accepted.
+
+    Raises:
+        ValueError: not UTF-8 or not JSON. Also for a duplicate key, of which readers keep different
+            values, and for half of a surrogate pair, which is not text.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(value := dict(pairs)) < len(pairs):
+            name = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"duplicate key: {name}")
+        return value
+
+    value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_json(path: Path, error: type[InputError], optional: bool = False) -> dict:
+    """Read a JSON object. With `optional`, a missing file is an empty object.
+
+    Raises:
+        error: the file is missing, unreadable, not JSON or not an object. The message names it.
+    """
+    with reading(path, error, "cannot be read as JSON"):
+        if optional and not path.exists():
+            return {}
+        value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object")
+    return value
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,378 @@
+"""Turn conversations into text with a checkpoint's chat template, and text into token ids.
+
+This file owns the special tokens and the boundary between prompt and response. data.py states the
+decisions about them; `Tokenizer` carries them out:
+
+    encode_prompts                      at most one BOS: the template's own, or without a template
+                                        the tokenizer's
+    texts                               the prompt ends with the generation prompt
+    _learn_end_of_turn                  the response ends with the end-of-turn token
+    encode_responses                    no merge crosses from prompt to response
+    render                              the template runs in a sandbox, formats/template.py
+
+Read data.py next: `encode` cuts the ids of an `Example` to length and makes a `Pair` of them.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tokenizers
+
+from data import Example, Messages
+from formats import template
+from formats.errors import DataError
+from formats.files import read_json, reading
+from formats.records import ASSISTANT_MARK
+
+MOST_TOKENS = 2**20  # the library walks all ids up to the last one, which may be four billion
+
+
+def read_template(name: str | None) -> str | None:
+    """Read the argument of `--chat-template` into the form that `Tokenizer` takes.
+
+    Return the text of the file, "" for 'none', and None if the flag is absent.
+
+    Raises:
+        DataError: the file cannot be read or is empty.
+    """
+    if name is None:
+        return None
+    if name == "none":
+        return ""
+    with reading(name, DataError):
+        text = Path(name).read_text(encoding="utf-8")
+    if not text.strip():
+        raise DataError(f"{name}: an empty chat template ('none' is for plain text)")
+    return text
+
+
+def as_messages(prompt: str) -> Messages:
+    """Turn a prompt string into messages: an HH-RLHF transcript into turns, any other into one."""
+    if not prompt.startswith("\n\nHuman:") or not prompt.endswith(ASSISTANT_MARK):
+        return [{"role": "user", "content": prompt}]
+    turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(ASSISTANT_MARK))[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": text.strip()}
+        for speaker, text in zip(turns[::2], turns[1::2])
+    ]
+
+
+class Tokenizer:
+    """Holds a checkpoint's tokenizer and chat template.
+
+    Attributes:
+        backend: the tokenizers library's object; encodes prompts.
+        response_backend: the same without a space before the text; encodes responses.
+        size: one more than the largest token id.
+        special: text of each special token by its name, such as "bos_token".
+        bos_id: the token that the tokenizer would put before a text, or None.
+        bos_ids: `bos_id` and the id of "bos_token", whichever exist.
+        stop_ids: all tokens that end a turn.
+        end_id: the one of them that ends every response in training.
+        template: jinja2 source, or None for plain text.
+        tail: the text that the template adds after an assistant message, from the end of turn on.
+    """
+
+    def __init__(self, folder: Path, chat_template: str | None = None):
+        """Read the tokenizer of a checkpoint folder.
+
+        `chat_template` is jinja2 source that replaces the checkpoint's own template. "" stands for
+        plain text without a template; then EOS ends a response.
+
+        Raises:
+            DataError: a file is missing or damaged, the template does not compile, or nothing
+                tells which token ends a turn.
+        """
+        self.folder = folder
+        self._load_backend(folder / "tokenizer.json")
+        settings = self._read_json("tokenizer_config.json")
+        self.special = self._special_tokens(settings)
+        named_bos = self._id(self.special.get("bos_token"))
+        self.bos_ids = {i for i in (self.bos_id, named_bos) if i is not None}
+        self.stop_ids = self._stop_ids()
+
+        self.override_template = chat_template  # None: the checkpoint's own template is used
+        if chat_template is None:
+            self.template_file, source = self._own_template(settings)
+        else:
+            self.template_file, source = "--chat-template", chat_template
+        self.template = source or None
+
+        self.tail = ""
+        eos = self._id(self.special.get("eos_token"))
+        if self.template:
+            self.tail, self.end_id = self._learn_end_of_turn(eos)
+            self.stop_ids |= {self.end_id}
+        elif self.stop_ids:
+            self.end_id = min(self.stop_ids) if eos is None else eos
+        else:
+            files = "generation_config.json, config.json, tokenizer_config.json or the template"
+            raise DataError(f"{folder}: no end-of-sequence token: none in {files}")
+
+    # -- reading the folder
+
+    def _load_backend(self, path: Path) -> None:
+        """Read tokenizer.json. Sets `backend`, `response_backend`, `size` and `bos_id`."""
+        if not path.exists():
+            needs = "a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough"
+            raise DataError(f"{path}: no such file ({needs})")
+        with self._library():
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            ids = self.backend.get_vocab(with_added_tokens=True).values()
+            self.size = max(ids, default=-1) + 1
+            if self.size > MOST_TOKENS:
+                last = self.size - 1
+                raise DataError(f"{path}: a token has the id {last}, too large for any vocabulary")
+            self.response_backend = self._without_prefix_space()
+            self.bos_id = self._bos_id()
+
+    @contextmanager
+    def _library(self) -> Iterator[None]:
+        """Turn every error of the tokenizers library into DataError.
+
+        The library is written in Rust. It raises bare Exceptions, and panics, which do not even
+        derive from Exception.
+        """
+        try:
+            yield
+        except (DataError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:
+            path = self.folder / "tokenizer.json"
+            raise DataError(f"{path}: not a tokenizer: {e}") from None
+
+    def _read_json(self, name: str) -> dict:
+        return read_json(self.folder / name, DataError, optional=True)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
+
+    def _special_tokens(self, settings: dict) -> dict[str, str]:
+        """Collect the texts of special tokens.
+
+        `settings` has precedence over special_tokens_map.json.
+        """
+        merged = self._read_json("special_tokens_map.json") | settings
+        named = {key: value for key, value in merged.items() if key.endswith("_token")}
+        texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
+        return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+    def _stop_ids(self) -> set[int]:
+        """Collect `eos_token_id` of both config files, and the id of "eos_token".
+
+        `eos_token_id` is absent, a number or a list; Llama 3 Instruct lists 128001 and 128009.
+        """
+        ids = {self._id(self.special.get("eos_token"))}
+        for name in ("generation_config.json", "config.json"):
+            eos = self._read_json(name).get("eos_token_id")
+            for i in eos if isinstance(eos, list) else [eos]:
+                if i is not None and (not isinstance(i, int) or i not in range(self.size)):
+                    path = self.folder / name
+                    raise DataError(f"{path}: eos_token_id: {i!r} is not a token of the tokenizer")
+                ids.add(i)
+        return {i for i in ids if i is not None}
+
+    def _bos_id(self) -> int | None:
+        """Return the token that the tokenizer would put before a text.
+
+        It is None for most byte-level tokenizers.
+        """
+        bare, with_special = (
+            self.backend.encode("x", add_special_tokens=flag).ids for flag in (False, True)
+        )
+        puts_one = with_special and with_special[1 : len(bare) + 1] == bare
+        return with_special[0] if puts_one else None
+
+    def _without_prefix_space(self) -> tokenizers.Tokenizer:
+        """Return the tokenizer for responses, which puts no space before a text.
+
+        Tokenizers like sentencepiece (Llama 2, Mistral) add one, in one of three ways. A
+        response continues a text, so it must not get one.
+        """
+
+        def flat(stage: dict) -> list[dict]:
+            members = stage.get("normalizers") or stage.get("pretokenizers") or []
+            return [part for member in members for part in flat(member)] or [stage]
+
+        spec = json.loads(self.backend.to_str())
+        normalizers = flat(spec["normalizer"] or {})
+        growth = math.prod(max(1, len(str(part.get("content", "")))) for part in normalizers)
+        if growth > 64:  # real tokenizers replace one character by a few
+            path = self.folder / "tokenizer.json"
+            raise DataError(f"{path}: normalizer: makes a text up to {growth} times as long")
+        parts = normalizers + flat(spec["pre_tokenizer"] or {})
+        off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+        prefixing = [
+            p for p in parts if any(p.get(key, value) != value for key, value in off.items())
+        ]
+        for part in prefixing:
+            part |= {key: off[key] for key in off.keys() & part.keys()}
+        return tokenizers.Tokenizer.from_str(json.dumps(spec)) if prefixing else self.backend
+
+    def _own_template(self, settings: dict) -> tuple[str, str]:
+        """Find the checkpoint's template: (where, source). The source is "" if it has none."""
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return str(path), read_template(str(path)) or ""
+        file, source = "tokenizer_config.json", settings.get("chat_template")
+        if not source:
+            file = "chat_template.json"
+            source = self._read_json(file).get("chat_template") or ""
+        if isinstance(source, list):  # several named templates
+            named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+            source = named[-1].get("template") if named else None
+        where = f"{self.folder / file}: chat_template"
+        if not isinstance(source, str):
+            raise DataError(f"{where}: expected a string, or a list with one named 'default'")
+        return where, source
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise DataError if some token has no row in an embedding of `vocab_size` rows."""
+        if self.size > vocab_size:
+            sizes = f"the tokenizer has {self.size} tokens, the embedding {vocab_size}"
+            raise DataError(f"{self.folder}: {sizes}")
+
+    def changed_files(self) -> dict[str, str]:
+        """Return the files that differ from the checkpoint's when the trained model is saved.
+
+        They map name → text. The template is among them if `chat_template` gave another one; for
+        plain text ("") the checkpoint's own stays. The generation config is among them if it does
+        not name the token that ends a turn.
+        """
+        files = {}
+        if self.override_template:
+            files["chat_template.jinja"] = self.override_template
+        generation = self._read_json("generation_config.json")
+        eos = generation.get("eos_token_id", self._read_json("config.json").get("eos_token_id"))
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if self.end_id not in eos:
+            generation |= {"eos_token_id": [*eos, self.end_id]}
+            files["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
+        return files
+
+    # -- the template
+
+    def render(self, conversations: template.Conversations, locations: list[str]) -> list[str]:
+        """Render conversations, each given as (messages, add the generation prompt?).
+
+        `locations` says where each conversation came from; errors name it.
+
+        Raises:
+            DataError: the template does not compile or refuses a conversation.
+        """
+        assert self.template, "there is no chat template"
+        try:
+            return template.render(self.template, self.special, conversations)
+        except template.TemplateFailure as e:
+            if e.number is None:
+                problem = f"the chat template does not compile: {e}"
+                raise DataError(f"{self.template_file}: {problem}") from None
+            problem = f"the chat template refuses this conversation: {e}"
+            raise DataError(f"{locations[e.number]}: {problem} ({self.template_file})") from None
+
+    def _learn_end_of_turn(self, eos: int | None) -> tuple[str, int]:
+        """Find what the template adds after an assistant message: (text, first end-of-turn token).
+
+        Most templates write the end-of-turn token, some a newline after it, a few nothing at all.
+        In the last case, `eos` ends the turn.
+        """
+        content = "The content of this message."
+        question = {"role": "user", "content": "Hello"}
+        answer = {"role": "assistant", "content": content}
+        [turn] = self.render([([question, answer], False)], [str(self.folder)])
+        tail = turn.rpartition(content)[2]
+        with self._library():
+            ids = self.backend.encode(tail, add_special_tokens=False).ids
+        added = self.backend.get_added_tokens_decoder()
+        ends = [i for i in ids if i in self.stop_ids]
+        ends = ends or [i for i in ids if i in added and added[i].special]
+        end = ends[0] if ends else eos
+        if end is None:
+            problem = (
+                f"ends a turn with {tail!r}, which holds no special token, and there is no EOS"
+            )
+            raise DataError(f"{self.folder}: the chat template {problem}")
+        end_text = self.backend.id_to_token(end) or ""
+        return tail[max(0, tail.find(end_text)) :], end
+
+    def prompt_text(self, prompt: str | Messages, where: str) -> str:
+        """Return the text that the model reads before it answers, generation prompt included."""
+        return self.texts([Example(prompt, (), where)])[0][0]
+
+    def texts(self, examples: list[Example]) -> list[tuple[str, list[str]]]:
+        """Render each example and split it into prompt text and response texts.
+
+        The prompt text ends with the generation prompt. Response texts exclude the end-of-turn
+        token. A string prompt becomes one user message if there is a chat template; otherwise it
+        is used as is.
+
+        Raises:
+            DataError: a prompt is a list of messages, but there is no chat template. Also if the
+                template refuses an example, or renders its prompt in another way once answered.
+        """
+        if not self.template:
+            return [self._plain_text(example) for example in examples]
+        conversations: template.Conversations = []
+        locations: list[str] = []
+        for prompt, responses, where in examples:
+            if isinstance(prompt, str):
+                # the answer to a transcript is stripped, as its earlier turns are
+                if prompt.endswith(ASSISTANT_MARK):
+                    responses = tuple(response.strip() for response in responses)
+                prompt = as_messages(prompt)
+            conversations.append((prompt, True))
+            for response in responses:
+                answer = {"role": "assistant", "content": response}
+                conversations.append(([*prompt, answer], False))
+            locations += [where] * (1 + len(responses))
+        rendered = iter(self.render(conversations, locations))
+        texts = []
+        for example in examples:
+            before = next(rendered)
+            answered = list(itertools.islice(rendered, len(example.responses)))
+            if not all(text.startswith(before) for text in answered):
+                problem = "renders the prompt differently once it is answered"
+                unclear = "so the response cannot be told from it"
+                raise DataError(f"{example.where}: the chat template {problem}, {unclear}")
+            ends = [text[len(before) :].removesuffix(self.tail) for text in answered]
+            texts.append((before, ends))
+        return texts
+
+    def _plain_text(self, example: Example) -> tuple[str, list[str]]:
+        """Split an example without a template. Raises DataError if its prompt is not a string."""
+        if not isinstance(example.prompt, str):
+            problem = f"a list of messages needs a chat template, and {self.folder} has none"
+            raise DataError(f"{example.where}: {problem}: pass --chat-template FILE")
+        return example.prompt, list(example.responses)
+
+    # -- encoding
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        """Encode prompt texts.
+
+        Without a template, the tokenizer's BOS goes first unless the text already begins with it.
+        """
+        with self._library():
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = [encoding.ids for encoding in encodings]
+        if self.template or self.bos_id is None:
+            return encoded
+        return [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in encoded]
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """Encode response texts, each with `end_id` at its end."""
+        with self._library():
+            encodings = self.response_backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids + [self.end_id] for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        return self.backend.decode(ids, skip_special_tokens=True)

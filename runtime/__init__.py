@@ -1,0 +1,1 @@
+"""Carry a run on any hardware: settings, ranks, output folder, resuming, planning."""

@@ -1,0 +1,189 @@
+"""Read what a run is given, before anything is written: model files, tokenizer and pairs.
+
+`open_inputs` reads them for training; `dry_run` reads as much as is on this machine and prints it.
+Read formats/records.py and formats/tokenizer.py next: `load_pairs` spreads their work over ranks.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Example, Pair, batches, encode
+from formats import hub, records
+from formats.checkpoint import Weights, checkpoint_folder, read_config
+from formats.errors import DataError
+from formats.tokenizer import Tokenizer, read_template
+from methods.objectives import OBJECTIVES
+from model import Config, Llama
+from runtime.processes import agree, multiplies_bf16, on_every_rank, print0, progress, slice_of
+from runtime.settings import Settings
+
+
+@dataclass
+class Inputs:
+    """Holds what a run trains, and on what; `pairs` and `held_out` are the same on every rank."""
+
+    source: Path  # the checkpoint folder
+    config: Config
+    weights: Weights
+    tokenizer: Tokenizer
+    pairs: list[Pair]
+    held_out: list[Pair]
+    counts: dict[str, dict[str, int]]  # records read, cut and dropped: of "data" and "eval_data"
+    steps: list[np.ndarray]  # indices into `pairs` for every optimizer step
+
+    def batch(self, step: int) -> list[Pair]:
+        """Return the pairs of one optimizer step (0-based)."""
+        return [self.pairs[i] for i in self.steps[step]]
+
+
+def open_inputs(settings: Settings, device: torch.device) -> Inputs:
+    """Read everything that a run needs. Call it on all ranks.
+
+    Raises:
+        DataError, CheckpointError: something cannot be used; the same error on every rank.
+    """
+    source, config, weights, tokenizer = agree(lambda: open_model(settings))
+    if settings.dtype == "bf16" and not multiplies_bf16(device):
+        faster = "--dtype fp32 is several times as fast"
+        print0(f"warning: this CPU has no bfloat16 arithmetic; {faster}")
+    counts: dict[str, dict[str, int]] = {"data": {}, "eval_data": {}}
+    held_out: list[Pair] = []
+    pairs, counts["data"] = load_pairs(settings.data, tokenizer, settings)
+    if settings.eval_data:
+        held_out, counts["eval_data"] = load_pairs(settings.eval_data, tokenizer, settings)
+    for index, pair in enumerate([*pairs, *held_out]):
+        pair.index = index
+    warn_of_long_pairs([*pairs, *held_out], config.max_position_embeddings)
+    steps = list(all_steps(len(pairs), settings))
+    return Inputs(source, config, weights, tokenizer, pairs, held_out, counts, steps)
+
+
+def open_model(settings: Settings) -> tuple[Path, Config, Weights, Tokenizer]:
+    """Return the checkpoint folder and what is read from it before any memory is spent."""
+    source = checkpoint_folder(settings.model)
+    config, weights = read_config(source), Weights(source)
+    tokenizer = Tokenizer(source, read_template(settings.chat_template))
+    tokenizer.check_fits(config.vocab_size)
+    return source, config, weights, tokenizer
+
+
+def load_pairs(
+    name: str, tokenizer: Tokenizer, settings: Settings
+) -> tuple[list[Pair], dict[str, int]]:
+    """Read a data set on every rank, tokenize a slice on each, and gather the pairs.
+
+    Returns the pairs and the number of records read, cut and dropped.
+
+    Raises:
+        DataError: a record is malformed, or no pair is left. Every rank raises the same error.
+    """
+    examples, counts, first_dropped = agree(lambda: read_examples(name, settings))
+
+    def encode_slice() -> tuple[list[Pair], Counter]:
+        mine, cut = slice_of(examples), Counter[str]()
+        pairs: list[Pair] = []
+        for i in progress(range(0, len(mine), 256), f"tokenizing {name}"):
+            lengths = settings.max_length, settings.max_prompt_length
+            pairs += encode(mine[i : i + 256], tokenizer, *lengths, cut)
+        return pairs, cut
+
+    pairs: list[Pair] = []
+    for part, cut in on_every_rank(encode_slice):
+        pairs += part
+        counts += cut
+    # "12 records", but "format: messages (12)": a key with a colon names one kind of several
+    parts = [f"{what} ({n})" if ":" in what else f"{n} {what}" for what, n in counts.items()]
+    summary = ", ".join(parts)
+    if not pairs:
+        raise DataError(f"{name}: nothing to learn from: {summary or 'it is empty'}{first_dropped}")
+    print0(f"{name}: {summary}{first_dropped}")
+    return pairs, dict(counts) | {"used": len(pairs)}
+
+
+def read_examples(name: str, settings: Settings) -> tuple[list[Example], Counter, str]:
+    """Parse all records; count formats and dropped records, and quote the first dropped one."""
+    counts: Counter = Counter()
+    examples, first_dropped = [], ""
+    paired = OBJECTIVES[settings.objective].responses == 2
+    for where, record in records.read_records(name):
+        counts["records"] += 1
+        try:
+            kind, example = records.parse_record(record, where, paired)
+            counts[f"format: {kind}"] += 1
+            examples.append(example)
+        except records.Dropped as e:
+            counts[f"dropped: {e}"] += 1
+            first_dropped = first_dropped or f"; the first, {where}: {e}"
+    return examples, counts, first_dropped
+
+
+def warn_of_long_pairs(pairs: list[Pair], positions: int) -> None:
+    """Warn if pairs are longer than the context that the model was trained for."""
+    longest = [len(pair.prompt) + max(map(len, pair.responses)) for pair in pairs]
+    if count := sum(length > positions for length in longest):
+        print0(
+            f"warning: {count} pairs are longer than the model's {positions} positions "
+            f"(the longest: {max(longest)} tokens); --max-length {positions} would cut them"
+        )
+
+
+def all_steps(count: int, settings: Settings) -> Iterator[np.ndarray]:
+    """Return an iterator over the pair indices of every step of a run."""
+    s = settings
+    steps = batches(count, s.batch_size, s.epochs, s.seed, s.shuffle)
+    return itertools.islice(steps, s.max_steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# --dry-run
+
+
+def dry_run(settings: Settings) -> None:
+    """Print every setting that has a value, and what this machine knows of model and data.
+
+    Nothing is downloaded.
+
+    Raises:
+        DataError, CheckpointError: something on this machine cannot be used.
+    """
+    notes = {name: "" for name in ("model", "data", "eval_data") if getattr(settings, name)}
+    missing = [name for name in notes if not hub.at_hand(getattr(settings, name))]
+    notes |= dict.fromkeys(missing, "hub id; downloaded unless cached")
+    template, tokenizer = read_template(settings.chat_template), None
+    if "model" not in missing:
+        source = Path(settings.model).expanduser()
+        config, tokenizer = read_config(source), Tokenizer(source, template)
+        tokenizer.check_fits(config.vocab_size)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Llama(config).parameters())
+        notes["model"] = f"{parameters:,} parameters"
+    for name in notes.keys() - {"model", *missing}:
+        notes[name] = _note_of_data(name, tokenizer, settings)
+    if settings.gamma is not None:
+        notes["gamma_beta_ratio"] = f"γ = {settings.gamma:g}"
+    values = asdict(settings)
+    for f in fields(settings):
+        if f.metadata["section"]:
+            print0(f"\n{f.metadata['section']}")
+        if values[f.name] is not None:
+            flag, note = f.name.replace("_", "-"), notes.get(f.name, "")
+            print0(f"  {flag:26}{values[f.name]!s:58}{note}".rstrip())
+
+
+def _note_of_data(name: str, tokenizer: Tokenizer | None, settings: Settings) -> str:
+    """Count what can be counted: usable pairs and steps with a tokenizer, else records."""
+    path = getattr(settings, name)
+    if tokenizer:
+        count, what = len(load_pairs(path, tokenizer, settings)[0]), "used"
+    else:
+        count, what = sum(1 for _ in records.read_records(path)), "records"
+    note = f"{count:,} {what}"
+    if name == "data":
+        note += f", {sum(1 for _ in all_steps(count, settings)):,} steps"
+    return note

@@ -1,0 +1,195 @@
+"""Join the ranks of a run, let them agree, and talk to the operating system.
+
+One rank takes the same path as many; without torchrun a run is a group of one. A function of this
+file that talks to other ranks must be called on all of them.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tqdm import tqdm
+
+from formats.errors import DataError
+from runtime.settings import Settings
+
+PARENT = os.getppid()  # torchrun, if that started us
+
+# --------------------------------------------------------------------------------------------------
+# Joining
+
+
+def start_ranks(settings: Settings) -> torch.device:
+    """Join the group that torchrun describes in the environment; return this rank's device.
+
+    Without torchrun, this process forms a group of one. A process that has joined stays joined.
+    """
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = available if settings.device == "auto" else settings.device
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if dist.is_initialized():
+        return device
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # oneDNN caches buffers for every shape it has seen, and our streams all differ in length.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+        keep_freed_memory()
+    launched = "RANK" in os.environ
+    store, rank, world = next(dist.rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # A torchrun that restarts its workers would show them the addresses of the previous ones.
+        # Several nodes may count restarts differently, so a prefix could keep them apart for good:
+        # recipes/slurm.sh sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backends = "gloo"
+    if kind == "cuda":  # with --offload, gradients are on the host when their norm is computed
+        backends = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=world)
+    return device
+
+
+def make_mesh(settings: Settings, device: torch.device) -> DeviceMesh:
+    """Arrange the ranks in one row that shards the model.
+
+    With `--replicate N` there are N rows, and each shards a whole copy.
+
+    Raises:
+        DataError: N does not divide the number of ranks.
+    """
+    world, copies = dist.get_world_size(), settings.replicate
+    if world % copies:
+        raise DataError(f"--replicate {copies} does not divide the number of ranks, {world}")
+    if copies == 1:
+        return init_device_mesh(device.type, (world,))
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (copies, world // copies), mesh_dim_names=names)
+
+
+# --------------------------------------------------------------------------------------------------
+# Agreeing
+
+
+def is_rank_0() -> bool:
+    """Return True on rank 0, and in a process that has not joined a group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def slice_of(items: list) -> list:
+    """Return this rank's contiguous slice; concatenating all ranks' slices gives `items` back."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return items[len(items) * rank // world : len(items) * (rank + 1) // world]
+
+
+def gather(thing: Any) -> list:
+    """Return `thing` of every rank, as a list ordered by rank."""
+    things = [thing]
+    if dist.get_world_size() > 1:
+        things = [None] * dist.get_world_size()
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def agree(work: Callable) -> Any:
+    """Return `work()`. If it fails on any rank, every rank raises that error, so nobody hangs.
+
+    Only ValueError, which includes InputError, and OSError travel; any other is raised where it is.
+    """
+    result = error = None
+    try:
+        result = work()
+    except (ValueError, OSError) as e:
+        error = e
+    if errors := [e for e in gather(error) if e]:
+        raise errors[0]
+    return result
+
+
+def on_every_rank(work: Callable) -> list:
+    """Return the results of `work()` of all ranks, ordered by rank; errors as in `agree`."""
+    return gather(agree(work))
+
+
+def on_rank_0(work: Callable) -> Any:
+    """Return the result of `work()`, which rank 0 does alone while the others wait."""
+    return on_every_rank(lambda: work() if is_rank_0() else None)[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return True if the flag is set on any rank."""
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def print0(*words: object) -> None:
+    """Print on rank 0, above a progress bar if there is one."""
+    if is_rank_0():
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
+
+
+def progress(items: Any, what: str, **options: Any) -> tqdm:
+    """Wrap `items` in a progress bar, shown on rank 0 if stderr is a terminal."""
+    disable = None if is_rank_0() else True
+    return tqdm(items, what, disable=disable, leave=False, dynamic_ncols=True, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# The operating system
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from returning large freed blocks to the OS, which would zero every page again.
+
+    They stay with the process between operations, until `trim_freed_memory` gives them back.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        for parameter, size in ((-3, 2**30), (-1, 2**29)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, size)
+
+
+def trim_freed_memory(device: torch.device) -> None:
+    """Return freed heap memory to the OS, once per micro-batch, before backward.
+
+    On a CPU, `keep_freed_memory` has made glibc keep it until then. A GPU has its own allocator.
+    """
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return True if bfloat16 runs in hardware; a CPU without it is about eight times slower.
+
+    Every GPU counts as able, even an old one that emulates it.
+    """
+    mkldnn = torch.backends.mkldnn.is_available()
+    return device.type != "cpu" or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns True once this rank was told to stop.
+
+    SIGTERM or SIGUSR1 tell it, and so does the death of the torchrun that started it.
+    """
+    received: list[int] = []
+    old_handlers = {
+        number: signal.signal(number, lambda n, frame: received.append(n))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    try:
+        yield lambda: bool(received) or (launched and os.getppid() != PARENT)
+    finally:
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)

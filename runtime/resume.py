@@ -1,0 +1,193 @@
+"""Save and find the checkpoints of a run: OUT/checkpoints/step-000120 and the like.
+
+A checkpoint holds all that the next step depends on, so a run that is killed and resumed ends like
+one that was never killed. Weights and optimizer state are safetensors, each rank's shards in files
+of its own, and any number of ranks can read them back. Nothing is pickled. No random state is
+saved: the order of the pairs follows from seed and epoch, and nothing else is random.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import uuid
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+
+from data import Pair
+from formats.errors import CheckpointError
+from formats.files import read_json, reading, sync
+from model import Llama
+from runtime.inputs import Inputs
+from runtime.processes import is_rank_0, on_rank_0
+from runtime.settings import Settings
+
+RESUME_ME = 75  # exit status: stopped when told to, not finished (EX_TEMPFAIL of sysexits.h)
+FILE_BYTES = 2**30  # of one file of a checkpoint: DCP holds a whole file in memory
+
+
+def fingerprint(settings: Settings, inputs: Inputs) -> dict:
+    """Return everything that must match before resuming.
+
+    These are the settings that affect the result, the source checkpoint (the exact commit for a hub
+    id) and the tokens.
+    """
+    may_change = {f.name for f in fields(settings) if f.metadata["may_change"]}
+    fixed = {name: value for name, value in asdict(settings).items() if name not in may_change}
+    return fixed | {
+        "model": str(inputs.source.resolve()),
+        "data": _digest(inputs.pairs),
+        "eval_data": _digest(inputs.held_out),
+    }
+
+
+def _digest(pairs: list[Pair]) -> str:
+    """Return the number of pairs, and a hash of their tokens in order."""
+    sha = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt, *pair.responses):
+            sha.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    return f"{len(pairs)} with sha256 {sha.hexdigest()[:16]}"
+
+
+def training_tensors(policy: Llama, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Return all tensors to save, by name: the live tensors, so loading fills them in place.
+
+    Before the first step AdamW has no state, so this creates it, as zeros.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in policy.named_parameters():
+        moments = optimizer.state[parameter]
+        if not moments:
+            moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            moments["step"] = torch.zeros((), device=parameter.device)
+        tensors[f"model.{name}"] = parameter.detach()
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer.{key}.{name}"] = moments[key]
+    return tensors
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = out.glob("checkpoints/step-*")
+    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that a checkpoint was saved after: 120 for step-000120."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def save_checkpoint(out: Path, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
+    """Write a checkpoint under another name, wait for the disk, then rename it: complete or absent.
+
+    Call it on all ranks. Older checkpoints are deleted until `keep` are left. state: what goes into
+    state.json, at least `step`.
+
+    Raises:
+        OSError: it cannot be written, for instance on a full disk. Older checkpoints stay.
+    """
+    path = out / "checkpoints" / f"step-{state['step']:06d}"
+    temporary = path.with_name(path.name + ".incomplete")
+    files, size = {}, 0  # files: name of a tensor → number of the file that it goes to
+    for name, tensor in tensors.items():
+        size += tensor.nbytes // dist.get_world_size()
+        files[name] = 1 + size // FILE_BYTES
+
+    def begin() -> None:
+        for stale in path.parent.glob("*.incomplete"):
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        shutil.copyfile(out / "metrics.jsonl", temporary / "metrics.jsonl")
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for file in (temporary / "metrics.jsonl", temporary / "state.json", temporary):
+            sync(file)
+        temporary.rename(path)
+        sync(path.parent)
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old.rename(old.with_name(old.name + ".incomplete")))
+
+    try:
+        on_rank_0(begin)
+        writer = HuggingFaceStorageWriter(temporary, files, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+        on_rank_0(finish)
+    except (CheckpointException, OSError) as e:
+        cause = _cause(e)
+        if is_rank_0():
+            shutil.rmtree(temporary, ignore_errors=True)
+        older = checkpoints(out)
+        kept = f"{older[-1]} is complete" if older else "there is no older one"
+        raise OSError(f"{path}: cannot be saved: {cause}; {kept}") from None
+    return path
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Unwrap the first error inside a CheckpointException; re-raise KeyboardInterrupt."""
+    cause = error
+    if isinstance(error, CheckpointException):
+        cause = next(iter(error.failures.values()))[0]
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause
+    return cause
+
+
+def find_checkpoint(settings: Settings, out: Path, wanted: dict) -> tuple[Path | None, dict, str]:
+    """Return (checkpoint, state, metrics) to resume from; (None, a new state, "") for a new run.
+
+    wanted: this run's `fingerprint`.
+
+    Raises:
+        CheckpointError: it is damaged, or of another run; the message names what differs.
+    """
+    newest = None if (out / "model").exists() else next(reversed(checkpoints(out)), None)
+    path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
+    if path is None:
+        return None, {"step": 0, "run": uuid.uuid4().hex}, ""
+    state = read_json(path / "state.json", CheckpointError)
+    saved = state.get("identity")
+    known = isinstance(state.get("step"), int) and isinstance(state.get("before"), dict)
+    if not known or not isinstance(saved, dict) or "run" not in state:
+        raise CheckpointError(f"{path / 'state.json'}: not the state of a run")
+    differ = [
+        f"{key.replace('_', '-')} {saved.get(key)!r} (now {wanted.get(key)!r})"
+        for key in sorted(saved | wanted)
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differ:
+        advice = "pass these, another --out, or --resume never"
+        raise CheckpointError(f"{path} is of another run: {', '.join(differ)}; {advice}")
+    with reading(path / "metrics.jsonl", CheckpointError):
+        return path, state, (path / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def load_checkpoint(
+    path: Path, tensors: dict[str, Tensor], optimizer: torch.optim.AdamW, step: int
+) -> None:
+    """Fill `tensors` in place, and set AdamW's step count. Call it on all ranks.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    logging.disable(logging.WARNING)  # DCP would log a traceback of what we report in one line
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path))
+    except CheckpointException as e:
+        raise CheckpointError(f"{path}: cannot be read: {_cause(e)}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    for moments in optimizer.state.values():
+        moments["step"].fill_(step)

@@ -1,0 +1,1 @@
+"""What a run taught: the paper's analyses of trained checkpoints."""

@@ -1,0 +1,157 @@
+"""What a flag may be, and what is said of one that does nothing."""
+
+import pytest
+from test_train import TOY, fails, few_pairs, run
+
+from runtime.settings import PlanOptions, Settings, read_command, read_settings, table_problem
+
+MODEL = ["--model=m", "--data=d"]
+
+
+def refused(capsys, *flags: str) -> str:
+    """Return the last line on stderr of a command line that must exit with status 2."""
+    with pytest.raises(SystemExit) as exit:
+        read_command([*MODEL, *flags])
+    assert exit.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flag, ours",
+    [
+        ("--learning-rate=1", "--lr"),
+        ("--num-train-epochs", "--epochs"),
+        ("--simpo-gamma=1", "--gamma-beta-ratio (γ/β, not γ)"),
+        ("--gamma=0.5", "--gamma-beta-ratio (γ/β, not γ)"),
+        ("--gamma-beta-ration=1", "--gamma-beta-ratio"),
+        ("--bacth-size=3", "--batch-size"),
+        ("--output_dir=x", "--out"),
+        ("--gpu=8", "--gpus"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_ours(capsys, flag, ours):
+    line = refused(capsys, flag)
+    assert flag in line and line.endswith(f"did you mean {ours}?")
+
+
+@pytest.mark.parametrize("flag", ["--gpus=8", "--gpu-memory=80", "--mfu=0.4", "--gpu-tflops=1"])
+def test_flags_of_plan_need_plan(capsys, tmp_path, flag):
+    line = refused(capsys, flag)
+    assert flag.partition("=")[0] in line and "--plan" in line
+    settings, options = read_command([*MODEL, "--plan", flag])
+    assert options.plan and not hasattr(settings, "gpus")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("gpus = 8\n")
+    assert "--plan" in refused(capsys, f"--config={recipe}")
+    assert read_command([*MODEL, f"--config={recipe}", "--plan"])[1].gpus == 8
+
+
+@pytest.mark.parametrize(
+    "flags, setting, needs",
+    [
+        (["--reference=cached"], "--reference", "dpo"),
+        (["--reference=online"], "--reference", "dpo"),
+        (["--objective=sft", "--beta=1"], "--beta", "simpo"),
+        (
+            ["--keep-products=all", "--no-activation-checkpointing"],
+            "--keep-products",
+            "--activation-checkpointing",
+        ),
+        (["--eval-every=2"], "--eval-every", "--eval-data"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(capsys, flags, setting, needs):
+    line = refused(capsys, *flags)
+    assert setting in line and needs in line
+
+
+def test_bounds_stand_on_the_setting(capsys):
+    """Every number of the table has a bound, and a value outside it is named with its flag."""
+    for table in (Settings, PlanOptions):
+        for name, f in table.__dataclass_fields__.items():
+            bounds = [f.metadata[key] for key in ("least", "above")]
+            if f.type in (
+                "int",
+                "float",
+                "int | None",
+                "float | None",
+                int,
+                float,
+                int | None,
+                float | None,
+            ):
+                assert bounds != [None, None], name
+                low = min(bound for bound in bounds if bound is not None) - 1
+                flag = f"--{name.replace('_', '-')}"
+                plan = ["--plan"] if table is PlanOptions else []
+                whole = "int" in str(f.type)
+                with pytest.raises(SystemExit) as exit:
+                    read_command([*MODEL, *plan, f"{flag}={int(low) if whole else low}"])
+                assert exit.value.code == 2 and flag in capsys.readouterr().err
+
+
+def test_a_table_made_in_python_is_checked_too():
+    assert "--lr" in table_problem(Settings(model="m", data="d", lr=0.0))
+    assert "--objective" in table_problem(Settings(model="m", data="d", objective="ppo"))
+    assert table_problem(Settings(model="m", data="d")) is None
+
+
+def test_help_names_the_default_of_each_objective(capsys):
+    with pytest.raises(SystemExit) as exit:
+        read_settings(["--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "2.0 for simpo; 0.01 for dpo, cpo, kto, rdpo; 0.1 for ipo" in text
+    assert "planning, with --plan alone" in text and text.index("planning") > text.index("--wandb")
+
+
+# --------------------------------------------------------------------------------------------------
+# The first five minutes
+
+
+def test_the_first_line_of_the_first_command_is_no_warning(monkeypatch, capsys, tmp_path):
+    few = few_pairs(tmp_path)["data"]
+    run(monkeypatch, tmp_path / "run", data=few, max_steps=1)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_pairs_beyond_the_context_are_warned_of(monkeypatch, capsys, tmp_path):
+    """Not the setting alone: the toy has 512 positions, and --max-length is 2048 by default."""
+    long = " ".join(["the fox runs away ."] * 150)
+    record = '{"prompt": "describe the fox .", "chosen": "%s", "rejected": "the fox ."}\n' % long
+    (tmp_path / "long.jsonl").write_text(record)
+    run(monkeypatch, tmp_path / "run", data=tmp_path / "long.jsonl", max_steps=1)
+    out = capsys.readouterr().out
+    assert "warning: 1 pairs are longer than the model's 512 positions" in out
+    assert "--max-length 512" in out
+
+
+def test_a_finished_folder_is_refused_before_anything_is_read(monkeypatch, capsys, tmp_path):
+    """Tokenizing a large data set takes minutes; the answer is known before."""
+    run(monkeypatch, tmp_path / "run", max_steps=1)
+    (tmp_path / "bad.jsonl").write_text("{oops\n")
+    line = fails(monkeypatch, capsys, tmp_path / "run", 1, data=tmp_path / "bad.jsonl")
+    assert str(tmp_path / "run") in line and "--overwrite" in line
+
+
+def test_the_last_step_is_logged(monkeypatch, tmp_path):
+    rows = run(monkeypatch, tmp_path / "run", max_steps=3, log_every=2)
+    assert [row["step"] for row in rows if "loss" in row] == [2, 3]
+
+
+def test_a_short_step_says_so(monkeypatch, capsys, tmp_path):
+    """Its loss is an average over few pairs, and jumps."""
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | {"dtype": "fp32"})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3 (1 pairs)"]
+
+
+def test_an_evaluation_says_that_it_runs(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | {"max_steps": 1})
+    out = capsys.readouterr().out
+    assert out.index("evaluating on 15 held-out pairs") < out.index("held out, after 0 steps")
+
+
+def test_the_toy_has_no_short_step():
+    count = len((TOY / "train.jsonl").read_text().splitlines())
+    assert count % read_settings([]).batch_size == 0
