@@ -76,8 +76,8 @@ def forward_backward(
             ref_logps = reference(mine) if reference else None
             logps, lengths = response_logps(model, mine)
             losses, metrics = pair_losses(settings, logps, lengths, ref_logps, baseline)
-            log_likelihood = logps[:, 0].sum() / chosen_tokens  # this part of the step's mean
-            loss = mask * (losses.sum() / len(batch) - sft_weight * log_likelihood)
+            sft_term = sft_weight * logps[:, 0].sum() / chosen_tokens
+            loss = mask * (losses.sum() / len(batch) - sft_term)
         if grad:
             backward(loss)
         parts = {name: mask * x.double().sum() / len(batch) for name, x in metrics.items()}
@@ -149,12 +149,11 @@ def train(settings: Settings) -> dict:
     device = start_ranks(settings)
     settings = settings.resolved(device.type)
     mesh = make_mesh(settings, device)
-    run = Run(settings, device)
-    inputs = open_inputs(settings, device)
-    policy = agree(lambda: build_model(inputs, mesh, settings, trainable=True))
-    optimizer = make_optimizer(policy, settings)
-
-    with run.open(inputs, policy, optimizer):
+    with Run(settings, device) as run:
+        inputs = open_inputs(settings, device)
+        policy = agree(lambda: build_model(inputs, mesh, settings, trainable=True))
+        optimizer = make_optimizer(policy, settings)
+        run.open(inputs, policy, optimizer)
         freeze = partial(freeze_reference, inputs, mesh, settings)
         reference, tables = make_reference(settings, inputs, device, freeze, run.resumed)
         run.start(partial(evaluate, policy, inputs.held_out, settings, reference), tables)
@@ -172,9 +171,8 @@ def train(settings: Settings) -> dict:
             run.evaluate_if_due(step)
             run.save_if_due(step)
         summary = run.finish()
-
-    if is_rank_0():
-        print(report(inputs, summary))
+        if is_rank_0():
+            print(report(inputs, summary))
     return summary
 
 
@@ -261,7 +259,6 @@ def reshard(model: Llama) -> None:
 # The command
 
 
-METRICS_SHOWN = "accuracies", "margins"
 SMALL = 2**27  # bytes of weights: a model that answers at once, also on a CPU
 
 
@@ -270,11 +267,14 @@ def report(inputs: Inputs, summary: dict) -> str:
     lines, pairs, out = [], inputs.held_out or inputs.pairs, summary["out"]
     model, prompt, before, after = summary["model"], "PROMPT", summary["before"], summary["after"]
     if "rewards/margins" in after:
-        accuracy, margin = ((m[f"rewards/{x}"] for m in (before, after)) for x in METRICS_SHOWN)
+        accuracy, margin = (
+            [metrics[name] for metrics in (before, after)]
+            for name in ("rewards/accuracies", "rewards/margins")
+        )
         lines += [
             f"\nWhat was learnt, on {len(pairs)} held-out pairs:",
-            "  reward accuracy  {:7.1%}  →  {:.1%}".format(*accuracy),
-            "  reward margin    {:+7.3f}  →  {:+.3f}".format(*margin),
+            f"  reward accuracy  {accuracy[0]:8.1%}  →  {accuracy[1]:.1%}",
+            f"  reward margin    {margin[0]:+8.3f}  →  {margin[1]:+.3f}",
         ]
     if sum(path.stat().st_size for path in model.glob("*.safetensors")) < SMALL:
         ids, tokenizer = pairs[0].prompt.tolist(), inputs.tokenizer
@@ -294,7 +294,9 @@ def main() -> None:
         if plan_options.plan:
             print_plan(settings, plan_options)
         elif settings.dry_run:
-            dry_run(settings.resolved(start_ranks(settings).type))
+            device = start_ranks(settings)
+            make_mesh(settings, device)  # refuses what training would refuse
+            dry_run(settings.resolved(device.type))
         else:
             train(settings)
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = {"tokens_per_second", "pairs_per_second", "peak_memory_gib", "mfu"}
 RUNS = {
     "simpo": ["--objective=simpo"],
+    "simpo, sft": ["--objective=simpo", "--sft-weight=0.3"],
     "dpo, online": ["--objective=dpo", "--reference=online"],
     "dpo, cached": ["--objective=dpo", "--reference=cached"],
     "kto": ["--objective=kto"],

@@ -163,8 +163,9 @@ def dry_run(settings: Settings) -> None:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Llama(config).parameters())
         notes["model"] = f"{parameters:,} parameters"
-    for name in notes.keys() - {"model", *missing}:
-        notes[name] = _note_of_data(name, tokenizer, settings)
+    for name in notes:  # in the same order on every rank
+        if name != "model" and name not in missing:
+            notes[name] = _note_of_data(name, tokenizer, settings)
     if settings.gamma is not None:
         notes["gamma_beta_ratio"] = f"γ = {settings.gamma:g}"
     values = asdict(settings)

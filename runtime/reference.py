@@ -47,7 +47,9 @@ def make_reference(
     if not resumed:
         fill_table(table, freeze(), inputs, settings)
         gc.collect()  # FSDP's modules form reference cycles: without this the copy stays in memory
-    return partial(look_up, table), {"reference": table}
+    train, held_out = table.split([len(inputs.pairs), len(inputs.held_out)])
+    tensors = {"reference": train} | ({"held_out_reference": held_out} if inputs.held_out else {})
+    return partial(look_up, table), tensors
 
 
 def look_up(table: Tensor, pairs: list[Pair]) -> Tensor:

@@ -159,6 +159,8 @@ def find_checkpoint(settings: Settings, out: Path, wanted: dict) -> tuple[Path |
         return None, {"step": 0, "run": uuid.uuid4().hex}, ""
     state = read_json(path / "state.json", CheckpointError)
     saved = state.get("identity")
+    if isinstance(saved, dict) and wanted["reference"] is None:
+        saved |= {"reference": None}  # earlier versions recorded one for every objective
     known = isinstance(state.get("step"), int) and isinstance(state.get("before"), dict)
     if not known or not isinstance(saved, dict) or "run" not in state:
         raise CheckpointError(f"{path / 'state.json'}: not the state of a run")

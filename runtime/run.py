@@ -67,29 +67,31 @@ class Run:
         self.files = contextlib.ExitStack()  # closed, and OUT unlocked, however the run ends
         on_rank_0(lambda: check_output_folder(settings))
 
-    @contextlib.contextmanager
-    def open(self, inputs: Inputs, policy: Llama, optimizer: torch.optim.AdamW) -> Iterator["Run"]:
-        """Lock the output folder for as long as the run lasts, and find what to resume from.
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Unlock the output folder. Note on a KeyboardInterrupt what is saved."""
+        self.files.close()
+        if isinstance(error, KeyboardInterrupt) and self.settings.out:
+            error.add_note(what_is_saved(Path(self.settings.out)))
+
+    def open(self, inputs: Inputs, policy: Llama, optimizer: torch.optim.AdamW) -> None:
+        """Lock the output folder until the run ends, and find what to resume from.
 
         Raises:
             CheckpointError: the newest checkpoint is damaged, or of another run.
         """
         self.inputs, self.policy, self.optimizer = inputs, policy, optimizer
-        with self.files:
-            self.metrics_file = agree(
-                lambda: open_output_folder(self.settings, self.files) if is_rank_0() else None
-            )
-            self.settings.out = on_rank_0(lambda: self.settings.out)
-            self.out = Path(self.settings.out)
-            self.fingerprint = resume.fingerprint(self.settings, inputs)
-            self.resumed, self.state, self.rows = on_rank_0(
-                lambda: resume.find_checkpoint(self.settings, self.out, self.fingerprint)
-            )
-            try:
-                yield self
-            except KeyboardInterrupt as e:
-                e.add_note(self._what_is_saved())
-                raise
+        self.metrics_file = agree(
+            lambda: open_output_folder(self.settings, self.files) if is_rank_0() else None
+        )
+        self.settings.out = on_rank_0(lambda: self.settings.out)
+        self.out = Path(self.settings.out)
+        self.fingerprint = resume.fingerprint(self.settings, inputs)
+        self.resumed, self.state, self.rows = on_rank_0(
+            lambda: resume.find_checkpoint(self.settings, self.out, self.fingerprint)
+        )
 
     def start(
         self, score_held_out: Callable[[], Metrics], tensors: dict[str, torch.Tensor]
@@ -199,13 +201,6 @@ class Run:
         }
 
     # -- parts of the above
-
-    def _what_is_saved(self) -> str:
-        """Say what an interrupted run leaves, and how to continue it."""
-        metrics = f"the metrics are in {self.out}"
-        if not (saved := resume.checkpoints(self.out)):
-            return f"no checkpoint was saved; {metrics}"
-        return f"{saved[-1]} is saved; run the same command with --out {self.out} to continue"
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return resume.training_tensors(self.policy, self.optimizer) | self._reference_tensors
@@ -406,13 +401,22 @@ def describe(metrics: Metrics) -> str:
 # How a run ends
 
 
+def what_is_saved(out: Path) -> str:
+    """Say which checkpoint an interrupted run has, and how to continue from it."""
+    if (out / "model").exists():
+        return f"{out} holds a finished run"
+    if saved := resume.checkpoints(out):
+        return f"{saved[-1]} is saved; run the same command with --out {out} to continue"
+    return "no checkpoint was saved" + (f"; the metrics are in {out}" if out.exists() else "")
+
+
 @contextlib.contextmanager
 def report_errors(program: str) -> Iterator[None]:
     """Report expected failures on stderr and exit with status 1.
 
     For bad input, I/O errors and NaN, rank 0 prints one line; `agree` brings the error to it. A
     rank without memory prints the error and what to do. Ctrl-C exits with status 130, and rank 0
-    says what is saved, which `Run.open` noted on the exception.
+    says what is saved, which `Run` noted on the exception.
     """
     try:
         yield
@@ -426,8 +430,8 @@ def report_errors(program: str) -> Iterator[None]:
         os._exit(1)
     except KeyboardInterrupt as e:
         if is_rank_0():
-            saved = "; ".join(getattr(e, "__notes__", ["no checkpoint was saved"]))
-            print(f"\n{program}: interrupted; {saved}", file=sys.stderr)
+            notes = ["", *getattr(e, "__notes__", [])]
+            print(f"\n{program}: interrupted{'; '.join(notes)}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

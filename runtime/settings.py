@@ -402,8 +402,9 @@ def read_command(
         parser.error(str(e))
     planning = {name: values.pop(name) for name in _types(PlanOptions) if name in values}
     settings, options = Settings(**values), PlanOptions(**planning)
-    if planning and not options.plan:
-        parser.error(f"{_flag(next(iter(planning)))}: is used by --plan alone; add --plan")
+    for name in flags.keys() & _types(PlanOptions).keys() - {"plan"}:
+        if not options.plan:
+            parser.error(f"{_flag(name)}: is used by --plan alone; add --plan")
     if settings.device == "cuda" and not options.plan and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device available")
     if problem := table_problem(settings) or table_problem(options):
@@ -462,7 +463,8 @@ def _toy(objective: str) -> dict:
     if not own.exists():
         others = {"objective", *hyperparameters()}
         values = {name: value for name, value in values.items() if name not in others}
-    return values | {key: str(ROOT / values[key]) for key in ("model", "data", "eval_data")}
+    paths = values.keys() & {"model", "data", "eval_data"}
+    return values | {key: str(ROOT / values[key]) for key in paths}
 
 
 def read_toml(path: Path) -> dict:

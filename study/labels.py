@@ -37,8 +37,14 @@ HARDWARE = [
 
 def folder_name(name: str) -> str:
     """Return the name of a folder, or of the run that it is the `model` folder of."""
+    return run_folder(name).absolute().name or name
+
+
+def run_folder(name: str) -> Path:
+    """Return the folder of a run, given that folder or the `model` folder in it."""
     path = Path(name)
-    return path.absolute().parent.name if path.name == "model" else path.name or name
+    is_run = path.name != "model" or (path / "model" / "config.json").exists()
+    return path if is_run else path.absolute().parent
 
 
 def recorded_settings(name: str) -> Settings | None:
@@ -49,8 +55,7 @@ def recorded_settings(name: str) -> Settings | None:
     Raises:
         CheckpointError: the config.json cannot be read, or its objective is unknown.
     """
-    path = Path(name)
-    record = (path.absolute().parent if path.name == "model" else path) / "config.json"
+    record = run_folder(name) / "config.json"
     values = read_json(record, CheckpointError).get("settings") if record.exists() else None
     if not isinstance(values, dict):  # a model folder, say: its config.json has no settings
         return None

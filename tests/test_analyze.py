@@ -368,3 +368,14 @@ def test_runs_without_a_reward_are_refused(monkeypatch, tmp_path, settings, part
         command(monkeypatch, "rewards", *words)
     assert all(part in exit.value.code for part in parts)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_in_a_folder_called_model_is_a_run(tmp_path):
+    """`model` names a checkpoint folder only if it is not itself the folder of a run."""
+    run = tmp_path / "model"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"settings": {"objective": "dpo", "beta": 0.3}}')
+    for name in (str(run), str(run / "model")):
+        settings = recorded_settings(name)
+        assert settings is not None and (settings.objective, settings.beta) == ("dpo", 0.3)

@@ -395,3 +395,29 @@ def test_the_slurm_script_requeues_while_the_run_progresses(tmp_path, unbroken):
         assert ("requeue 7" in asked.read_text()) == requeued
         asked.unlink()
     assert_same(unbroken / "simpo", out)
+
+
+@pytest.mark.parametrize("moment", ["read", "build", "report"])
+def test_ctrl_c_outside_the_loop_says_what_is_saved(
+    monkeypatch, capsys, tmp_path, unbroken, moment
+):
+    """While reading, a user who resumes must not be told that everything is lost."""
+    out, flags = unfinished(unbroken, tmp_path)
+    name = {"read": "open_inputs", "build": "build_model", "report": "report"}[moment]
+    monkeypatch.setattr(train, name, lambda *args, **options: interrupt())
+    line = fails(monkeypatch, capsys, out, 130, **flags)
+    if moment == "report":
+        assert f"{out} holds a finished run" in line
+    else:
+        assert f"{out}/checkpoints/step-000004 is saved" in line and f"--out {out}" in line
+
+
+def test_a_run_of_the_version_before_resumes(monkeypatch, tmp_path, unbroken):
+    """It recorded a reference for every objective, and a table of its own for held-out pairs."""
+    out, flags = unfinished(unbroken, tmp_path)
+    state = out / "checkpoints" / "step-000004" / "state.json"
+    saved = json.loads(state.read_text())
+    saved["identity"]["reference"] = "online"
+    state.write_text(json.dumps(saved))
+    run(monkeypatch, out, **flags)
+    assert_same(unbroken / "simpo", out)

@@ -1,7 +1,10 @@
 """What a flag may be, and what is said of one that does nothing."""
 
+import subprocess
+import sys
+
 import pytest
-from test_train import TOY, fails, few_pairs, run
+from test_train import ROOT, TOY, fails, few_pairs, run
 
 from runtime.settings import PlanOptions, Settings, read_command, read_settings, table_problem
 
@@ -35,15 +38,11 @@ def test_an_unknown_flag_is_answered_with_ours(capsys, flag, ours):
 
 
 @pytest.mark.parametrize("flag", ["--gpus=8", "--gpu-memory=80", "--mfu=0.4", "--gpu-tflops=1"])
-def test_flags_of_plan_need_plan(capsys, tmp_path, flag):
+def test_flags_of_plan_need_plan(capsys, flag):
     line = refused(capsys, flag)
     assert flag.partition("=")[0] in line and "--plan" in line
     settings, options = read_command([*MODEL, "--plan", flag])
     assert options.plan and not hasattr(settings, "gpus")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("gpus = 8\n")
-    assert "--plan" in refused(capsys, f"--config={recipe}")
-    assert read_command([*MODEL, f"--config={recipe}", "--plan"])[1].gpus == 8
 
 
 @pytest.mark.parametrize(
@@ -155,3 +154,48 @@ def test_an_evaluation_says_that_it_runs(monkeypatch, capsys, tmp_path):
 def test_the_toy_has_no_short_step():
     count = len((TOY / "train.jsonl").read_text().splitlines())
     assert count % read_settings([]).batch_size == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run says
+
+
+def test_the_report_says_what_metrics_say(monkeypatch, capsys, tmp_path):
+    flags = {"eval_data": TOY / "heldout.jsonl", "max_steps": 3, "batch_size": 32}
+    rows = run(monkeypatch, tmp_path / "run", **flags)
+    lines = capsys.readouterr().out.splitlines()
+    for name, key, show in (
+        ("reward accuracy", "eval_rewards/accuracies", "{:.1%}"),
+        ("reward margin", "eval_rewards/margins", "{:+.3f}"),
+    ):
+        [line] = [line for line in lines if line.strip().startswith(name)]
+        expected = [show.format(rows[i][key]) for i in (0, -1)]
+        assert line.removeprefix(f"  {name}").split() == [expected[0], "→", expected[1]]
+
+
+def test_a_dry_run_on_two_ranks_reads_in_one_order(tmp_path):
+    """A set of names has another order in each process, and pairs of the wrong file would mix."""
+    lines = (TOY / "heldout.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:60]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[:20]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [ROOT / "train.py", f"--model={TOY}/checkpoint", f"--data={tmp_path}/a.jsonl"]
+    command += [f"--eval-data={tmp_path}/b.jsonl", "--dry-run", "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "60 used" in done.stdout and "20 used" in done.stdout
+
+
+def test_a_dry_run_refuses_what_training_would(monkeypatch, capsys, tmp_path):
+    line = fails(monkeypatch, capsys, tmp_path / "run", 1, dry_run=True, replicate=3)
+    assert "--replicate 3" in line
+
+
+def test_planning_keys_of_a_file_wait_for_plan(tmp_path):
+    """A recipe may say for which GPUs it is meant; on the command line it would be a slip."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("gpus = 8\nmfu = 0.5\nplan = false\n")
+    assert not read_command([*MODEL, f"--config={recipe}"])[1].plan
+    assert not read_command([*MODEL, "--no-plan"])[1].plan
+    settings, options = read_command([*MODEL, f"--config={recipe}", "--plan"])
+    assert (options.gpus, options.mfu) == (8, 0.5) and settings.model == "m"
