@@ -176,10 +176,14 @@ def train(settings: Settings) -> dict:
     return summary
 
 
-def make_optimizer(policy: Llama, settings: Settings) -> torch.optim.AdamW:
+def make_optimizer(policy: Llama, settings: Settings) -> torch.optim.Optimizer:
+    """Return AdamW. Weight decay leaves norm gains alone, as Hugging Face's Trainer does."""
+    gains = [p for p in policy.parameters() if p.dim() == 1]
+    matrices = [p for p in policy.parameters() if p.dim() > 1]
+    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
     betas = settings.adam_beta1, settings.adam_beta2
     eps, decay = settings.adam_eps, settings.weight_decay
-    return torch.optim.AdamW(policy.parameters(), settings.lr, betas, eps, decay, fused=True)
+    return torch.optim.AdamW(groups, settings.lr, betas, eps, decay, fused=True)
 
 
 def clip_gradients(policy: Llama, max_norm: float) -> float:

@@ -655,3 +655,15 @@ def test_metrics_go_to_tensorboard_too(monkeypatch, tmp_path):
     board.Reload()
     values = [event.value for event in board.Scalars("loss")]
     assert values == pytest.approx(losses(rows))
+
+
+def test_weight_decay_leaves_norm_gains_alone(monkeypatch, tmp_path):
+    """One step of AdamW shrinks every matrix by lr · weight decay and no gain, as in transformers."""
+    flags = few_pairs(tmp_path) | {"max_steps": 1, "lr": 1e-3}
+    for name, decay in (("plain", 0.0), ("decayed", 10.0)):
+        run(monkeypatch, tmp_path / name, **flags, weight_decay=decay)
+    source = load(TOY / "checkpoint").state_dict()
+    plain, decayed = (load(tmp_path / n / "model").state_dict() for n in ("plain", "decayed"))
+    for name, weight in source.items():
+        expected = plain[name] - (1e-3 * 10 * weight if weight.dim() > 1 else 0)
+        torch.testing.assert_close(decayed[name], expected, rtol=1e-5, atol=1e-6)
