@@ -14,6 +14,7 @@ import shutil
 import uuid
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,21 +62,52 @@ def _digest(pairs: list[Pair]) -> str:
     return f"{len(pairs)} with sha256 {sha.hexdigest()[:16]}"
 
 
-def training_tensors(policy: Llama, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Return all tensors to save, by name: the live tensors, so loading fills them in place.
+def training_tensors(policy: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return weights and optimizer state by name: the live tensors, so loading fills them in place.
 
-    Before the first step AdamW has no state, so this creates it, as zeros.
+    The state is saved by its own keys, whatever the optimizer: AdamW's are exp_avg and exp_avg_sq.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in policy.named_parameters():
-        moments = optimizer.state[parameter]
-        if not moments:
-            moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            moments["step"] = torch.zeros((), device=parameter.device)
         tensors[f"model.{name}"] = parameter.detach()
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"optimizer.{key}.{name}"] = moments[key]
+        for key, value in optimizer.state[parameter].items():
+            if _is_saved_as_tensor(value):
+                tensors[f"optimizer.{key}.{name}"] = value
     return tensors
+
+
+def optimizer_scalars(policy: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the numbers in the optimizer's state, such as AdamW's `step`, by key.
+
+    A value is one number if all parameters have the same, else a dict from parameter to number.
+    """
+    scalars: dict[str, Any] = {}
+    for name, parameter in policy.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            if value is not None and not _is_saved_as_tensor(value):
+                number = value.item() if isinstance(value, Tensor) else value
+                scalars.setdefault(key, {})[name] = number
+    for key, numbers in scalars.items():
+        if len(set(numbers.values())) == 1:
+            scalars[key] = next(iter(numbers.values()))
+    return scalars
+
+
+def _is_saved_as_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let a new optimizer allocate its state, by a step of size 0 without gradients."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -177,19 +209,33 @@ def find_checkpoint(settings: Settings, out: Path, wanted: dict) -> tuple[Path |
 
 
 def load_checkpoint(
-    path: Path, tensors: dict[str, Tensor], optimizer: torch.optim.AdamW, step: int
+    path: Path,
+    policy: Llama,
+    optimizer: torch.optim.Optimizer,
+    others: dict[str, Tensor],
+    scalars: dict[str, Any],
 ) -> None:
-    """Fill `tensors` in place, and set AdamW's step count. Call it on all ranks.
+    """Fill weights, optimizer state and the `others` tensors in place. Call it on all ranks.
+
+    scalars: what `optimizer_scalars` gave when the checkpoint was saved.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or of another optimizer.
     """
+    create_state(optimizer)
+    tensors = training_tensors(policy, optimizer) | others
     logging.disable(logging.WARNING)  # DCP would log a traceback of what we report in one line
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path))
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     except CheckpointException as e:
         raise CheckpointError(f"{path}: cannot be read: {_cause(e)}") from None
     finally:
         logging.disable(logging.NOTSET)
-    for moments in optimizer.state.values():
-        moments["step"].fill_(step)
+    for name, parameter in policy.named_parameters():
+        state = optimizer.state[parameter]
+        for key, numbers in scalars.items():
+            number = numbers[name] if isinstance(numbers, dict) else numbers
+            if isinstance(state.get(key), Tensor):
+                state[key].fill_(number)
+            else:
+                state[key] = number

@@ -421,3 +421,21 @@ def test_a_run_of_the_version_before_resumes(monkeypatch, tmp_path, unbroken):
     state.write_text(json.dumps(saved))
     run(monkeypatch, out, **flags)
     assert_same(unbroken / "simpo", out)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "NAdam", "Adadelta", "RMSprop"])
+def test_another_optimizer_resumes_too(monkeypatch, tmp_path, optimizer):
+    """Swapped in that one line, its state is saved by its own keys, tensors and numbers alike."""
+    options = {"momentum": 0.9} if optimizer == "SGD" else {}
+    make = getattr(torch.optim, optimizer)
+    monkeypatch.setattr(
+        train, "make_optimizer", lambda policy, s: make(policy.parameters(), s.lr, **options)
+    )
+    flags = few_pairs(tmp_path) | SIMPO
+    run(monkeypatch, tmp_path / "unbroken", **flags)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, interrupt)
+        with pytest.raises(SystemExit):
+            run(patch, tmp_path / "run", **flags)
+    run(monkeypatch, tmp_path / "run", **flags)
+    assert_same(tmp_path / "unbroken", tmp_path / "run")

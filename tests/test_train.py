@@ -658,7 +658,7 @@ def test_metrics_go_to_tensorboard_too(monkeypatch, tmp_path):
 
 
 def test_weight_decay_leaves_norm_gains_alone(monkeypatch, tmp_path):
-    """One step of AdamW shrinks every matrix by lr · weight decay and no gain, as in transformers."""
+    """One step of AdamW shrinks every matrix by lr · weight decay, and no gain."""
     flags = few_pairs(tmp_path) | {"max_steps": 1, "lr": 1e-3}
     for name, decay in (("plain", 0.0), ("decayed", 10.0)):
         run(monkeypatch, tmp_path / name, **flags, weight_decay=decay)
