@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from data import Pair
 from formats.errors import CheckpointError
 from formats.files import read_json, reading, sync
+from methods.objectives import OBJECTIVES, hyperparameters
 from model import Llama
 from runtime.inputs import Inputs
 from runtime.processes import is_rank_0, on_rank_0
@@ -191,11 +192,10 @@ def find_checkpoint(settings: Settings, out: Path, wanted: dict) -> tuple[Path |
         return None, {"step": 0, "run": uuid.uuid4().hex}, ""
     state = read_json(path / "state.json", CheckpointError)
     saved = state.get("identity")
-    if isinstance(saved, dict) and wanted["reference"] is None:
-        saved |= {"reference": None}  # earlier versions recorded one for every objective
     known = isinstance(state.get("step"), int) and isinstance(state.get("before"), dict)
     if not known or not isinstance(saved, dict) or "run" not in state:
         raise CheckpointError(f"{path / 'state.json'}: not the state of a run")
+    saved = with_new_settings(saved, wanted)
     differ = [
         f"{key.replace('_', '-')} {saved.get(key)!r} (now {wanted.get(key)!r})"
         for key in sorted(saved | wanted)
@@ -206,6 +206,20 @@ def find_checkpoint(settings: Settings, out: Path, wanted: dict) -> tuple[Path |
         raise CheckpointError(f"{path} is of another run: {', '.join(differ)}; {advice}")
     with reading(path / "metrics.jsonl", CheckpointError):
         return path, state, (path / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def with_new_settings(saved: dict, wanted: dict) -> dict:
+    """Return the fingerprint of an earlier version as this version would have written it.
+
+    A setting that did not exist has its default; one that its objective does not have is None.
+    """
+    own = OBJECTIVES[wanted["objective"]].defaults
+    new = {f.name: f.default for f in fields(Settings) if f.name in wanted and f.name not in saved}
+    saved = saved | new
+    for name in hyperparameters():
+        if name not in own or saved[name] is None:
+            saved[name] = own.get(name)
+    return saved
 
 
 def load_checkpoint(

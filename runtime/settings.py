@@ -85,8 +85,8 @@ class Settings:
 
     objective: str = option(
         "simpo",
-        "what to optimise: simpo.py and methods/ have the formulas; sft trains on the chosen "
-        "responses alone",
+        "what to optimise; simpo.py, methods/baselines.py and methods/successors.py have the "
+        "formulas, and sft trains on the chosen responses alone",
         choices=OBJECTIVES,
         section="what to train, on what",
     )
@@ -123,20 +123,22 @@ class Settings:
     beta: float | None = option(
         None,
         "β, the scale of the reward (the paper tunes 2.0 to 10 for simpo; 0.01, 0.05, 0.1 for "
-        "dpo, cpo, kto, rdpo); for ipo its τ (0.01, 0.1, 0.5, 1.0)",
+        "dpo, cpo, kto, rdpo; Tülu 3 takes 5 for dpo --length-norm); for ipo its τ (0.01, 0.1, "
+        "0.5, 1.0)",
         above=0,
         section="the objective",
     )
     gamma_beta_ratio: float | None = option(
         None,
-        "simpo's margin γ as a multiple of β: γ = ratio · β (the paper tunes 0.1 to 0.8); 0 is "
-        "the ablation",
+        "margin γ of simpo and alphapo as a multiple of β: γ = ratio · β (the paper tunes 0.1 to "
+        "0.8; 0 is the ablation); for repo, which has no β, the margin itself in nats per token "
+        "(its authors take 0.4 to 0.6)",
         least=0,
     )
     length_norm: bool | None = option(
         None,
         "divide log-probabilities by response length; --no-length-norm is simpo's ablation, "
-        "--length-norm is TRL's form of ipo",
+        "--length-norm is TRL's form of ipo and Tülu 3's of dpo",
     )
     lam: float | None = option(
         None,
@@ -149,6 +151,13 @@ class Settings:
     )
     alpha: float | None = option(
         None, "rdpo's α per token of length (the paper tunes 0.05, 0.1, 0.5, 1.0)", least=0
+    )
+    alphapo_alpha: float | None = option(
+        None,
+        "alphapo's α, the shape of the reward: 0 is simpo; above 0, the reward is steeper for "
+        "less likely responses (its authors take 0.25 for Mistral)",
+        least=-10,
+        most=10,
     )
     label_smoothing: float | None = option(
         None, "probability that a pair's label is wrong (conservative DPO)", least=0, below=0.5
