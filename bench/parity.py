@@ -40,6 +40,9 @@ OBJECTIVES = {
     "cpo": {"beta": 0.1, "lam": 0.0, "sft_weight": 1.0},
     "kto": {"beta": 1.0},
     "orpo": {"lam": 0.5, "lr": 1e-30},
+    "dpo-norm": {"objective": "dpo", "beta": 5.0, "length_norm": True},
+    "alphapo": {"beta": 10.0, "gamma_beta_ratio": 0.3, "alphapo_alpha": 0.25},
+    "apo_zero": {"beta": 0.1},
 }
 
 
@@ -130,7 +133,8 @@ def trl_losses(objective: str, folder: Path) -> list[float]:
     model = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.pad_token = tokenizer.eos_token
-    trainer = trl_trainer(objective, model, tokenizer, dataset, settings, ours)
+    name = ours.get("objective", objective)
+    trainer = trl_trainer(name, model, tokenizer, dataset, settings, ours)
     if objective == "kto":
         trainer.train_dataset = trainer.train_dataset.map(
             lambda row: {"KL_completion_ids": row["completion_ids"]}

@@ -69,9 +69,16 @@ def trl_classes(objective: str, loss: dict) -> tuple[Any, Any, dict]:
             options = {"loss_type": "simpo", "cpo_alpha": 0.0}
             return CPOConfig, CPOTrainer, options | {"beta": loss["beta"], "simpo_gamma": gamma}
         case "dpo":
-            return trl.DPOConfig, trl.DPOTrainer, {"beta": loss["beta"]}
+            kind = "sigmoid_norm" if loss.get("length_norm") else "sigmoid"
+            return trl.DPOConfig, trl.DPOTrainer, {"loss_type": kind, "beta": loss["beta"]}
         case "ipo":
             return trl.DPOConfig, trl.DPOTrainer, {"loss_type": "ipo", "beta": loss["beta"]}
+        case "apo_zero":
+            return trl.DPOConfig, trl.DPOTrainer, {"loss_type": "apo_zero", "beta": loss["beta"]}
+        case "alphapo":
+            options = {"loss_type": "alphapo", "alpha": loss["alphapo_alpha"]}
+            gamma = loss["gamma_beta_ratio"] * loss["beta"]
+            return CPOConfig, CPOTrainer, options | {"beta": loss["beta"], "simpo_gamma": gamma}
         case "cpo":
             options = {"beta": loss["beta"], "cpo_alpha": loss["sft_weight"]}
             return CPOConfig, CPOTrainer, options

@@ -8,8 +8,8 @@ check for hyperparameters of other objectives, the reference model, the analyses
 train.py --objective mine` on the toy. A new hyperparameter is one more line in
 `runtime/settings.py`.
 
-The losses stand in `simpo.py` and `methods/baselines.py`. `train.forward_backward` calls
-`pair_losses`.
+The losses stand in `simpo.py`, `methods/baselines.py` and `methods/successors.py`.
+`train.forward_backward` calls `pair_losses`.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from methods.baselines import (
     rrhf_loss,
     slic_loss,
 )
+from methods.successors import alphapo_loss, apo_zero_loss, dpo_norm_loss, repo_loss, simper_loss
 from simpo import dpo_loss, simpo_loss
 
 
@@ -83,8 +84,10 @@ OBJECTIVES: dict[str, Objective] = {
             *p.logps, *p.lengths, s.beta, s.gamma, s.label_smoothing, s.length_norm),
         {"beta": 2.0, "gamma_beta_ratio": 0.5, "length_norm": True, "label_smoothing": 0.0}),
     "dpo": Objective(
-        lambda p, s: dpo_loss(*p.logps, *p.ref_logps, s.beta, s.label_smoothing),
-        {"beta": 0.01, "label_smoothing": 0.0, "reference": "online"}),
+        lambda p, s: dpo_norm_loss(
+            *p.logps, *p.ref_logps, *p.lengths, s.beta, s.label_smoothing)
+        if s.length_norm else dpo_loss(*p.logps, *p.ref_logps, s.beta, s.label_smoothing),
+        {"beta": 0.01, "length_norm": False, "label_smoothing": 0.0, "reference": "online"}),
     "rrhf": Objective(
         lambda p, s: rrhf_loss(*p.logps, *p.lengths, s.lam), {"lam": 1.0}),
     "slic": Objective(
@@ -102,6 +105,17 @@ OBJECTIVES: dict[str, Objective] = {
     "rdpo": Objective(
         lambda p, s: rdpo_loss(*p.logps, *p.ref_logps, *p.lengths, s.beta, s.alpha),
         {"beta": 0.01, "alpha": 0.05, "reference": "online"}),
+    "alphapo": Objective(
+        lambda p, s: alphapo_loss(*p.logps, *p.lengths, s.beta, s.gamma, s.alphapo_alpha),
+        {"beta": 2.5, "gamma_beta_ratio": 0.04, "alphapo_alpha": 0.25}),
+    "simper": Objective(
+        lambda p, s: simper_loss(*p.logps, *p.lengths)),
+    "repo": Objective(
+        lambda p, s: repo_loss(*p.logps, *p.lengths, s.gamma_beta_ratio),
+        {"gamma_beta_ratio": 0.6}),
+    "apo_zero": Objective(
+        lambda p, s: apo_zero_loss(*p.logps, *p.ref_logps, s.beta),
+        {"beta": 0.1, "reference": "online"}),
     "sft": Objective(None, responses=1, sft_weight=1.0),
 }
 # fmt: on

@@ -120,6 +120,8 @@ def test_rewards_and_what_is_said_of_them():
     reference = torch.tensor([[-5.0, -2.0], [-6.0, -4.0]])
     dpo = reward(reference, objective="dpo", beta=0.5)
     assert dpo.tolist() == [[0.5, 0], [0, 1]]
+    per_token = reward(reference, objective="dpo", beta=0.5, length_norm=True)
+    assert per_token.tolist() == [[0.125, 0], [0, 0.5]]
     for objective, wanted in {
         "rrhf": [[-1, -2], [-2, -1]],
         "slic": logps.tolist(),
@@ -127,6 +129,8 @@ def test_rewards_and_what_is_said_of_them():
         "ipo": dpo.tolist(),
         "kto": dpo.tolist(),
         "rdpo": dpo.tolist(),
+        "apo_zero": dpo.tolist(),
+        "repo": [[-1, -2], [-2, -1]],
     }.items():
         beta = {"beta": 0.5} if "beta" in OBJECTIVES[objective].defaults else {}
         assert reward(reference, objective=objective, **beta).tolist() == wanted

@@ -344,9 +344,10 @@ def test_hyperparameters_belong_to_their_objective(capsys):
     common = ["--model", "m", "--data", "d", "--objective"]
     for flags, words in (
         (["simpo", "--lam", "1"], ["--lam:", "of simpo", "rrhf, slic, cpo, orpo"]),
-        (["dpo", "--no-length-norm"], ["--length-norm:", "of dpo", "simpo, ipo"]),
+        (["kto", "--no-length-norm"], ["--length-norm:", "of kto", "simpo, dpo, ipo"]),
         (["orpo", "--beta", "1"], ["--beta:", "of orpo", "simpo, dpo, ipo, cpo, kto, rdpo"]),
         (["cpo", "--gamma-beta-ratio", "0"], ["--gamma-beta-ratio:", "of cpo", "of simpo"]),
+        (["alphapo", "--alpha", "1"], ["--alpha:", "of alphapo", "of rdpo"]),
         (["kto", "--label-smoothing", "0.1"], ["--label-smoothing:", "of kto", "simpo, dpo"]),
         (["simpo", "--reference", "cached"], ["--reference:", "of simpo", "dpo, ipo, kto, rdpo"]),
         (["slic", "--delta", "-1"], ["--delta:", "0 or a positive number"]),

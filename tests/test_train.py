@@ -131,6 +131,11 @@ OBJECTIVES = {  # objective: its flags; each is trained on two ranks, sharded
     "kto": {"beta": 0.5},
     "orpo": {},
     "rdpo": {"beta": 0.1},
+    "dpo-norm": {"objective": "dpo", "length_norm": True, "beta": 5.0},
+    "alphapo": {},
+    "simper": {},
+    "repo": {},
+    "apo_zero": {},
     "sft": {},
 }
 LAYOUTS = {  # every other way in which two ranks can share a run: its flags; for SimPO alone
@@ -233,7 +238,9 @@ def logits_of(model: llama.Llama, ids: torch.Tensor) -> torch.Tensor:
     return model.logits(model.model(ids, positions, attend))
 
 
-@pytest.mark.parametrize("objective", ["simpo", "dpo", "ipo", "cpo", "kto", "orpo"])
+@pytest.mark.parametrize(
+    "objective", ["simpo", "dpo", "ipo", "cpo", "kto", "orpo", "dpo-norm", "alphapo", "apo_zero"]
+)
 def test_losses_are_trl_s(monkeypatch, tmp_path, objective):
     """Every step's loss is TRL's, with the same checkpoint, pairs, order and optimizer."""
     # recorded by `bench/parity.py --record`
