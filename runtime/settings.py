@@ -122,17 +122,18 @@ class Settings:
 
     beta: float | None = option(
         None,
-        "β, the scale of the reward (the paper tunes 2.0 to 10 for simpo; 0.01, 0.05, 0.1 for "
-        "dpo, cpo, kto, rdpo; Tülu 3 takes 5 for dpo --length-norm); for ipo its τ (0.01, 0.1, "
-        "0.5, 1.0)",
+        "β, the scale of the reward (the paper tunes 2.0, 2.5 for simpo, and its authors' later "
+        "recipe takes 10; 0.01, 0.05, 0.1 for dpo, cpo, kto, rdpo; Tülu 3 takes 5 for dpo "
+        "--length-norm); for ipo its τ (0.01, 0.1, 0.5, 1.0)",
         above=0,
         section="the objective",
     )
     gamma_beta_ratio: float | None = option(
         None,
-        "margin γ of simpo and alphapo as a multiple of β: γ = ratio · β (the paper tunes 0.1 to "
-        "0.8; 0 is the ablation); for repo, which has no β, the margin itself in nats per token "
-        "(its authors take 0.4 to 0.6)",
+        "margin γ of simpo and alphapo as a multiple of β: γ = ratio · β (the paper tunes γ = 0.3, "
+        "0.5, 1.0, 1.2, 1.4, 1.6, a ratio of 0.12 to 0.8; its authors advise 0.5, then a search "
+        "from 0 to 1; 0 is the ablation); for repo, which has no β, the margin itself in nats per "
+        "token (its authors take 0.4 to 0.6)",
         least=0,
     )
     length_norm: bool | None = option(
