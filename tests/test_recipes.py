@@ -35,6 +35,22 @@ PUBLISHED = {
     "llama3-instruct":      ((2048, 1800), (2.5, 0.55, 1e-6), (0.01, 7e-7)),
     "llama3-instruct-v0.2": ((2048, 1800), (10.0, 0.3, 1e-6), (0.01, 3e-7)),
 }  # fmt: skip
+# scripts/train/tulu3/dpo_8b.sh of github.com/allenai/open-instruct, commit 16c002b. Its truncation
+# has no limit for prompts; the recipe says why 2047 comes nearest.
+TULU3 = {
+    "objective": "dpo",
+    "length_norm": True,
+    "model": "allenai/Llama-3.1-Tulu-3-8B-SFT",
+    "data": "allenai/llama-3.1-tulu-3-8b-preference-mixture:train",
+    "max_length": 2048,
+    "max_prompt_length": 2048 - 1,
+    "beta": 5.0,
+    "lr": 5e-07,
+    "batch_size": 8 * 1 * 16,  # processes, pairs on each, accumulated steps
+    "epochs": 1,
+    "lr_schedule": "linear",
+    "warmup_ratio": 0.1,
+}
 COMMON = {"batch_size": 128, "epochs": 1, "lr_schedule": "cosine", "warmup_ratio": 0.1}
 ZEPHYR, LLAMA3 = ({"chat_template": f"recipes/{name}.jinja"} for name in ("zephyr", "llama3"))
 
@@ -56,6 +72,7 @@ def expected() -> dict[str, dict]:
     sft = COMMON | {"data": f"{ULTRACHAT}:train_sft", "eval_data": f"{ULTRACHAT}:test_sft"}
     sft |= {"objective": "sft", "lr": 2e-5, "max_length": 2048, "max_prompt_length": 1800}
     table["mistral-base-sft"] = sft | ZEPHYR | {"model": "mistralai/Mistral-7B-v0.1"}
+    table["tulu3-8b-dpo"] = TULU3
     table["llama3-base-sft"] = sft | LLAMA3 | {"model": "meta-llama/Meta-Llama-3-8B"}
     return table
 
@@ -94,7 +111,8 @@ def test_recipe(monkeypatch, capsys, name):
     for key, value in expected()[name].items():
         [line] = [words for words in lines if words and words[0] == key.replace("_", "-")]
         assert line[1] == str(value)
-    assert printed.count("hub id; downloaded unless cached") == 3
+    names = sum(key in ("model", "data", "eval_data") for key in expected()[name])
+    assert printed.count("hub id; downloaded unless cached") == names
 
 
 def test_zephyr_template_is_what_the_authors_evaluate_with():
