@@ -272,13 +272,13 @@ def report(inputs: Inputs, summary: dict) -> str:
     model, prompt, before, after = summary["model"], "PROMPT", summary["before"], summary["after"]
     if "rewards/margins" in after:
         accuracy, margin = (
-            [metrics[name] for metrics in (before, after)]
-            for name in ("rewards/accuracies", "rewards/margins")
+            [scale * metrics[name] for metrics in (before, after)]
+            for name, scale in (("rewards/accuracies", 100), ("rewards/margins", 1))
         )
         lines += [
             f"\nWhat was learnt, on {len(pairs)} held-out pairs:",
-            f"  reward accuracy  {accuracy[0]:8.1%}  →  {accuracy[1]:.1%}",
-            f"  reward margin    {margin[0]:+8.3f}  →  {margin[1]:+.3f}",
+            f"  reward accuracy  {accuracy[0]:7.1f} %  →  {accuracy[1]:.1f} %",
+            f"  reward margin    {margin[0]:+7.3f}    →  {margin[1]:+.3f}",
         ]
     if sum(path.stat().st_size for path in model.glob("*.safetensors")) < SMALL:
         ids, tokenizer = pairs[0].prompt.tolist(), inputs.tokenizer

@@ -165,12 +165,12 @@ def test_the_report_says_what_metrics_say(monkeypatch, capsys, tmp_path):
     rows = run(monkeypatch, tmp_path / "run", **flags)
     lines = capsys.readouterr().out.splitlines()
     for name, key, show in (
-        ("reward accuracy", "eval_rewards/accuracies", "{:.1%}"),
-        ("reward margin", "eval_rewards/margins", "{:+.3f}"),
+        ("reward accuracy", "eval_rewards/accuracies", lambda x: f"{100 * x:.1f} %"),
+        ("reward margin", "eval_rewards/margins", lambda x: f"{x:+.3f}"),
     ):
         [line] = [line for line in lines if line.strip().startswith(name)]
-        expected = [show.format(rows[i][key]) for i in (0, -1)]
-        assert line.removeprefix(f"  {name}").split() == [expected[0], "→", expected[1]]
+        before, after = (show(rows[i][key]) for i in (0, -1))
+        assert line.split() == f"{name} {before} → {after}".split()
 
 
 def test_a_dry_run_on_two_ranks_reads_in_one_order(tmp_path):
