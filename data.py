@@ -18,6 +18,8 @@ Decisions about tokens, each of which some trainer got wrong:
   response that does not fit after that is cut at its end. Everything cut or dropped is counted, and
   no empty response ever reaches a loss.
 * The template comes with the checkpoint and is untrusted: `formats/template.py` sandboxes it.
+
+`--like-authors` is the one exception: `formats/authors.py` takes the place of `encode`.
 """
 
 import math

@@ -38,6 +38,7 @@ from runtime.processes import agree, is_rank_0, make_mesh, start_ranks, trim_fre
 from runtime.reference import Reference, make_reference
 from runtime.run import Run, report_errors
 from runtime.settings import Settings, read_command
+from runtime.show import show
 from sample import generate
 
 # --------------------------------------------------------------------------------------------------
@@ -129,7 +130,8 @@ def learning_rate(settings: Settings, step: int, steps: int) -> float:
     """Return the learning rate at `step` (0-based): linear warm-up, then `--lr-schedule`."""
     warmup = math.ceil(settings.warmup_ratio * steps)
     if step < warmup:
-        return settings.lr * (step + 1) / warmup
+        ahead = 0 if settings.like_authors else 1  # Hugging Face's first step has rate 0
+        return settings.lr * (step + ahead) / warmup
     left = 1 - (step - warmup) / (steps - warmup)
     cosine = (1 - math.cos(math.pi * left)) / 2
     return settings.lr * {"constant": 1.0, "linear": left, "cosine": cosine}[settings.lr_schedule]
@@ -301,6 +303,9 @@ def main() -> None:
             device = start_ranks(settings)
             make_mesh(settings, device)  # refuses what training would refuse
             dry_run(settings.resolved(device.type))
+        elif settings.show:
+            start_ranks(settings)
+            show(settings)
         else:
             train(settings)
 

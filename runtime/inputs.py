@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Example, Pair, batches, encode
+from data import Example, Pair, batches
 from formats import hub, records
+from formats.authors import encoder
 from formats.checkpoint import Weights, checkpoint_folder, read_config
 from formats.errors import DataError
 from formats.tokenizer import Tokenizer, read_template
@@ -84,6 +85,7 @@ def load_pairs(
         DataError: a record is malformed, or no pair is left. Every rank raises the same error.
     """
     examples, counts, first_dropped = agree(lambda: read_examples(name, settings))
+    encode = encoder(settings.like_authors)
 
     def encode_slice() -> tuple[list[Pair], Counter]:
         mine, cut = slice_of(examples), Counter[str]()

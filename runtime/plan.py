@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Pair, encode, micro_batches
+from data import Pair, micro_batches
+from formats.authors import encoder
 from formats.checkpoint import read_config
 from formats.errors import DataError, InputError
 from formats.hub import at_hand
@@ -406,7 +407,8 @@ def sampled_pairs(settings: Settings, folder: Path) -> tuple[list[Pair], int | N
     tokenizer = Tokenizer(folder, read_template(settings.chat_template))
     examples = read_examples(settings.data, settings)[0]
     limits = settings.max_length, settings.max_prompt_length
-    pairs, count = encode(examples[:SAMPLE], tokenizer, *limits, Counter()), len(examples)
+    encode, count = encoder(settings.like_authors), len(examples)
+    pairs = encode(examples[:SAMPLE], tokenizer, *limits, Counter())
     if not pairs:
         raise DataError(f"{settings.data}: holds nothing to train on")
     seen = f"the first {SAMPLE:,} of {count:,}" if count > SAMPLE else f"all {count:,}"

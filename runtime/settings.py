@@ -119,6 +119,11 @@ class Settings:
         "the same share of another --max-length",
         above=0,
     )
+    like_authors: bool = option(
+        False,
+        "tokenize and cut pairs as the trainer of SimPO's authors does, and warm up as Hugging "
+        "Face does, from rate 0; formats/authors.py lists what differs",
+    )
 
     beta: float | None = option(
         None,
@@ -290,6 +295,13 @@ class Settings:
         "resolve all but the weights, print it, stop; nothing is downloaded, computed or written",
         may_change=True,
     )
+    show: int = option(
+        0,
+        "print N pairs as the model will see them, token for token, and stop; needs no weights",
+        least=0,
+        metavar="N",
+        may_change=True,
+    )
     log_every: int = option(
         1, "log metrics every N steps and after the last", above=0, metavar="N", may_change=True
     )
@@ -342,6 +354,8 @@ class Settings:
             if getattr(self, name) is not None and name not in own:
                 others = ", ".join(users)
                 return f"{_flag(name)}: not a setting of {self.objective}, but of {others}"
+        if self.like_authors and OBJECTIVES[self.objective].responses != 2:
+            return f"--like-authors: their trainer takes pairs, and {self.objective} has none"
         if self.max_prompt_length >= self.max_length:
             prompt = f"--max-prompt-length {self.max_prompt_length}"
             return f"{prompt} leaves no room for a response in --max-length {self.max_length}"

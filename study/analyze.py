@@ -40,6 +40,7 @@ import data
 import train
 from data import Pair
 from formats import checkpoint
+from formats.authors import encoder
 from formats.errors import CheckpointError, DataError, InputError
 from formats.records import Dropped, parse_record, read_records
 from formats.tokenizer import Tokenizer, read_template
@@ -203,7 +204,11 @@ class Scores:
 
 
 def read_pairs(
-    name: str, tokenizer: Tokenizer, max_length: int, max_prompt_length: int
+    name: str,
+    tokenizer: Tokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    like_authors: bool = False,
 ) -> tuple[list[Pair], Counter]:
     """Read the pairs of a file, a folder or a hub data set, and cut them as training does.
 
@@ -218,7 +223,8 @@ def read_pairs(
             examples.append(parse_record(record, where)[1])
         except Dropped as e:
             counts[f"dropped: {e}"] += 1
-    pairs = data.encode(examples, tokenizer, max_length, max_prompt_length, counts)
+    encode = encoder(like_authors)
+    pairs = encode(examples, tokenizer, max_length, max_prompt_length, counts)
     if not pairs:
         reasons = "".join(f", {n} {reason}" for reason, n in counts.items())
         raise DataError(f"{name}: no pair to analyse{reasons}")
@@ -290,7 +296,8 @@ def score_checkpoint(source: Path, name: str, settings: Settings) -> tuple[Tenso
     tokenizer = Tokenizer(source, read_template(settings.chat_template))
     tokenizer.check_fits(checkpoint.read_config(source).vocab_size)
     assert settings.max_prompt_length  # Settings derives it from max_length
-    pairs, counts = read_pairs(name, tokenizer, settings.max_length, settings.max_prompt_length)
+    lengths = settings.max_length, settings.max_prompt_length
+    pairs, counts = read_pairs(name, tokenizer, *lengths, settings.like_authors)
     for what, n in counts.items():
         print(f"{name}: {n} {what}", file=sys.stderr)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -312,7 +319,7 @@ def score_policy(
     reference = None
     if OBJECTIVES[settings.objective].needs_reference:
         s = settings
-        key = (s.model, s.chat_template, s.max_length, s.max_prompt_length)
+        key = (s.model, s.chat_template, s.max_length, s.max_prompt_length, s.like_authors)
         if key not in references:
             assert s.model  # see open_policy
             folder = checkpoint.checkpoint_folder(s.model)

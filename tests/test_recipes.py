@@ -52,7 +52,10 @@ TULU3 = {
     "warmup_ratio": 0.1,
 }
 COMMON = {"batch_size": 128, "epochs": 1, "lr_schedule": "cosine", "warmup_ratio": 0.1}
-ZEPHYR, LLAMA3 = ({"chat_template": f"recipes/{name}.jinja"} for name in ("zephyr", "llama3"))
+ZEPHYR, LLAMA3, MISTRAL = (
+    {"chat_template": f"recipes/{name}.jinja"} for name in ("zephyr", "llama3", "mistral")
+)
+TEMPLATES = {"mistral-base": ZEPHYR, "mistral-instruct": MISTRAL}  # the others: the checkpoint's
 
 
 def expected() -> dict[str, dict]:
@@ -61,11 +64,11 @@ def expected() -> dict[str, dict]:
     for setting, (lengths, (beta, ratio, lr), (dpo_beta, dpo_lr)) in PUBLISHED.items():
         model, pairs = SOURCES[setting]
         split = "{}_prefs" if pairs == ULTRAFEEDBACK else "{}"
-        shared = COMMON | {"model": model}
+        shared = COMMON | {"model": model, "like_authors": True}
         shared |= {"data": f"{pairs}:{split.format('train')}"}
         shared |= {"eval_data": f"{pairs}:{split.format('test')}"}
         shared |= {"max_length": lengths[0], "max_prompt_length": lengths[1]}
-        shared |= ZEPHYR if setting == "mistral-base" else {}
+        shared |= TEMPLATES.get(setting, {})
         simpo = {"objective": "simpo", "beta": beta, "gamma_beta_ratio": ratio, "lr": lr}
         table[f"{setting}-simpo"] = shared | simpo
         table[f"{setting}-dpo"] = shared | {"objective": "dpo", "beta": dpo_beta, "lr": dpo_lr}
@@ -115,9 +118,10 @@ def test_recipe(monkeypatch, capsys, name):
     assert printed.count("hub id; downloaded unless cached") == names
 
 
-def test_zephyr_template_is_what_the_authors_evaluate_with():
-    """zephyr.jinja renders what the authors evaluate with, an empty system turn included."""
-    # eval/alpacaeval2/templates/mistral_base.txt in their repository
+def test_zephyr_template_is_what_the_authors_train_with():
+    """zephyr.jinja renders what the authors train with, an empty system turn included."""
+    # eval/alpacaeval2/templates/mistral_base.txt in their repository has a space after <s>, which
+    # their training had not; bench/like_authors.py compares the tokens of training
     tokenizer = Tokenizer(ROOT / "toy" / "checkpoint", read_template(RECIPES / "zephyr.jinja"))
     tokenizer.special = {"bos_token": "<s>", "eos_token": "</s>"}
     tokenizer.tail = "</s>\n"
@@ -127,6 +131,25 @@ def test_zephyr_template_is_what_the_authors_evaluate_with():
     messages = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}]
     rendered = "<s><|system|>\nRhyme.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
     assert tokenizer.prompt_text(messages, "") == rendered
+    alone = [{"role": "assistant", "content": "Hello."}]  # a response, for --like-authors
+    assert tokenizer.render([(alone, False)], [""]) == ["<s><|assistant|>\nHello.</s>\n"]
+
+
+def test_mistral_template_is_what_the_authors_train_with():
+    """mistral.jinja renders the authors' format behind BOS, and a response alone without it."""
+    tokenizer = Tokenizer(ROOT / "toy" / "checkpoint", read_template(RECIPES / "mistral.jinja"))
+    tokenizer.special = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer.tail = "</s>"
+    prompt = tokenizer.prompt_text(" Hi ", "")
+    assert prompt == "<s> [INST] Hi [/INST]"
+    assert tokenizer.texts([Example(" Hi ", (" Hello.",), "")]) == [(prompt, [" Hello. "])]
+    turns = [("system", " Rhyme. "), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rendered = "<s> [INST] Rhyme.\n\nHi [/INST] Hello. </s>[INST] Bye [/INST]"
+    assert tokenizer.prompt_text(messages, "") == rendered
+    messages[0]["content"] = ""
+    assert tokenizer.prompt_text(messages, "") == rendered.replace("Rhyme.\n\n", "")
+    assert tokenizer.render([(messages[2:3], False)], [""]) == [" Hello. </s>"]
 
 
 def test_llama3_template_is_llama_3_s():

@@ -1,0 +1,79 @@
+"""`train.py --show N`: pairs as the model will see them, without loading weights.
+
+It is how a careful person finds a doubled BOS, a missing end of turn or an answer that was cut:
+every token that training uses is printed, special tokens included, and the tokens that are
+predicted stand out. `data.py` explains the rules that it shows.
+"""
+
+import itertools
+import sys
+from collections import Counter
+
+from data import Pair
+from formats import records
+from formats.authors import encoder
+from formats.checkpoint import checkpoint_folder
+from formats.tokenizer import Tokenizer, read_template
+from methods.objectives import OBJECTIVES
+from runtime.processes import print0
+from runtime.settings import Settings
+
+UNLIMITED = 2**40  # tokens: encoded with this limit, nothing is cut
+DIM, GREEN, RED, UNDERLINE, RESET = (f"\x1b[{n}m" for n in (2, 32, 31, 4, 0))
+PARTS = ("prompt", DIM), ("chosen", GREEN + UNDERLINE), ("rejected", RED + UNDERLINE)
+
+
+def show(settings: Settings) -> None:
+    """Print the first `settings.show` pairs of the training data.
+
+    Raises:
+        DataError, CheckpointError: data or tokenizer cannot be used.
+    """
+    folder = checkpoint_folder(settings.model)
+    tokenizer = Tokenizer(folder, read_template(settings.chat_template))
+    encode = encoder(settings.like_authors)
+    limits = settings.max_length, settings.max_prompt_length
+    paired = OBJECTIVES[settings.objective].responses == 2
+    for where, record in itertools.islice(records.read_records(settings.data), settings.show):
+        try:
+            kind, example = records.parse_record(record, where, paired)
+        except records.Dropped as e:
+            print0(f"{where}: dropped: {e}\n")
+            continue
+        counts: Counter = Counter()
+        pairs = encode([example], tokenizer, *limits, counts)
+        whole = encode([example], tokenizer, UNLIMITED, UNLIMITED - 1, Counter())
+        if not pairs:
+            print0(f"{where}: {'; '.join(reason for reason, n in counts.items() if n)}\n")
+            continue
+        print0("\n".join([f"{where}: {kind}", *lines_of(pairs[0], whole[0], tokenizer)]))
+
+
+def lines_of(pair: Pair, whole: Pair, tokenizer: Tokenizer) -> list[str]:
+    """Return the lines for one pair: per part its length, what was cut, and its text.
+
+    On a terminal, parts have colours and predicted tokens are underlined. Elsewhere, ⟦ and ⟧ stand
+    around the predicted tokens.
+    """
+    lines = []
+    parts = zip(PARTS, (pair.prompt, *pair.responses), (whole.prompt, *whole.responses))
+    for (name, colour), ids, uncut in parts:
+        cut = f", {len(uncut) - len(ids)} cut at its {'start' if name == 'prompt' else 'end'}"
+        lines += [f"  {name}, {len(ids)} tokens{cut if len(ids) < len(uncut) else ''}"]
+        text = printable(tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False))
+        if on_terminal():
+            text = f"{colour}{text}{RESET}"
+        elif name != "prompt":
+            text = f"⟦{text}⟧"
+        lines += ["    " + line for line in text.split("\n")]
+    return [*lines, ""]
+
+
+def on_terminal() -> bool:
+    """Return True if colours would be seen."""
+    return sys.stdout.isatty()
+
+
+def printable(text: str) -> str:
+    """Escape what could steer a terminal; keep line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

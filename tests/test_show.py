@@ -1,0 +1,66 @@
+"""`--show N`: what is printed is what is trained on, and nothing else."""
+
+import json
+import sys
+from collections import Counter
+
+import pytest
+from test_train import TOY, arguments, fails
+
+import train
+from data import encode
+from formats.records import parse_record, read_records
+from formats.tokenizer import Tokenizer
+from runtime.show import printable
+
+GOOD = {"prompt": "describe the fox .", "chosen": "the fox runs away .", "rejected": "the fox ."}
+
+
+def shown(monkeypatch, capsys, tmp_path, *records: dict, **flags) -> str:
+    """Return what `train.py --show` prints for these records."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = arguments(tmp_path / "run", data=pairs, show=len(records), **flags)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    train.main()
+    assert not (tmp_path / "run").exists()
+    return capsys.readouterr().out
+
+
+def test_a_pair_is_shown_token_for_token(monkeypatch, capsys, tmp_path):
+    """Special tokens are visible, and the marks stand around what is predicted."""
+    out = shown(monkeypatch, capsys, tmp_path, GOOD)
+    lines = [line.strip() for line in out.splitlines()]
+    assert lines[0].endswith("pairs.jsonl:1: explicit")
+    [(where, record)] = read_records(str(tmp_path / "pairs.jsonl"))
+    tokenizer = Tokenizer(TOY / "checkpoint")
+    [pair] = encode([parse_record(record, where)[1]], tokenizer, 2048, 1800, Counter())
+    for name, ids in zip(("prompt", "chosen", "rejected"), (pair.prompt, *pair.responses)):
+        text = tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)
+        assert f"{name}, {len(ids)} tokens" in lines
+        assert (text if name == "prompt" else f"⟦{text}⟧") in lines
+    assert out.count("<|end|>") == 3
+
+
+def test_what_was_cut_and_dropped_is_said(monkeypatch, capsys, tmp_path):
+    long = GOOD | {"chosen": " ".join(["the fox runs away ."] * 20)}
+    same = GOOD | {"rejected": GOOD["chosen"]}
+    flags = {"max_length": 40, "max_prompt_length": 10}
+    out = shown(monkeypatch, capsys, tmp_path, long, same, **flags)
+    assert "chosen, 33 tokens, 68 cut at its end" in out
+    assert "pairs.jsonl:2: dropped: chosen equal to rejected" in out
+
+
+def test_colours_on_a_terminal(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("runtime.show.on_terminal", lambda: True)
+    out = shown(monkeypatch, capsys, tmp_path, GOOD)
+    assert "\x1b[4m" in out and "⟦" not in out and out.count("\x1b[0m") == 3
+
+
+def test_what_steers_a_terminal_is_escaped():
+    assert printable("a\x1b[2J\nb\u202e") == "a\\x1b[2J\nb\\u202e"
+
+
+@pytest.mark.parametrize("flags", [{"show": -1}])
+def test_usage(monkeypatch, capsys, tmp_path, flags):
+    assert "--show" in fails(monkeypatch, capsys, tmp_path / "run", 2, **flags)
