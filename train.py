@@ -161,10 +161,11 @@ def train(settings: Settings) -> dict:
         run.start(partial(evaluate, policy, inputs.held_out, settings, reference), tables)
         for step in run.steps():
             batch = inputs.batch(step)
+            rate = learning_rate(settings, step, len(inputs.steps))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step, len(inputs.steps))
+                group["lr"] = rate
             metrics = forward_backward(policy, batch, settings, reference)
-            metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["learning_rate"] = rate
             metrics["grad_norm"] = clip_gradients(policy, settings.max_grad_norm)
             stop_if_not_finite(step, batch, metrics)
             optimizer.step()

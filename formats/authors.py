@@ -24,9 +24,10 @@ id for id. TRL is the CPOTrainer of release 1.16, which trains SimPO there.
     equal after cuts  kept                          kept                   dropped
     warm-up starts    at rate 0                     at rate 0              at lr / warm-up steps
 
-* A pair without one prompt for both responses cannot be packed: dropped and counted, so that it
-  does not end a run of 60,000. It takes text that merges across the boundary, which no template of
-  the recipes writes. The authors keep it if the prompts differ in one token, and stop otherwise.
+* A pair without one prompt for both responses cannot be packed. It is dropped and counted, so that
+  it does not end a run of 60,000. This happens only if text merges across the boundary, and the
+  recipes' templates write no such text. The authors keep such a pair if the prompts differ in one
+  token.
 * A BOS that a template writes is cut from the prompt's text, with one space after it, and put first
   as an id. The templates in recipes/ write BOS, for sampling, and those of the authors do not.
 * Without a template, texts are used as they are. What formats/records.py drops stays dropped.

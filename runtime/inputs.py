@@ -168,6 +168,8 @@ def dry_run(settings: Settings) -> None:
     for name in notes:  # in the same order on every rank
         if name != "model" and name not in missing:
             notes[name] = _note_of_data(name, tokenizer, settings)
+    tokens = "of the authors' trainer" if settings.like_authors else "by the rules in data.py"
+    notes["like_authors"] = f"tokens {tokens}"
     if settings.gamma is not None:
         notes["gamma_beta_ratio"] = f"γ = {settings.gamma:g}"
     values = asdict(settings)

@@ -48,6 +48,7 @@ def fingerprint(settings: Settings, inputs: Inputs) -> dict:
     may_change = {f.name for f in fields(settings) if f.metadata["may_change"]}
     fixed = {name: value for name, value in asdict(settings).items() if name not in may_change}
     return fixed | {
+        "norm_gains_decay": False,  # they did in earlier versions
         "model": str(inputs.source.resolve()),
         "data": _digest(inputs.pairs),
         "eval_data": _digest(inputs.held_out),
@@ -66,7 +67,8 @@ def _digest(pairs: list[Pair]) -> str:
 def training_tensors(policy: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return weights and optimizer state by name: the live tensors, so loading fills them in place.
 
-    The state is saved by its own keys, whatever the optimizer: AdamW's are exp_avg and exp_avg_sq.
+    The state is saved by its own keys, those of AdamW being exp_avg and exp_avg_sq. This holds for
+    every optimizer that keeps its state per parameter.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in policy.named_parameters():
@@ -88,8 +90,9 @@ def optimizer_scalars(policy: Llama, optimizer: torch.optim.Optimizer) -> dict[s
             if value is not None and not _is_saved_as_tensor(value):
                 number = value.item() if isinstance(value, Tensor) else value
                 scalars.setdefault(key, {})[name] = number
+    count = sum(1 for _ in policy.parameters())
     for key, numbers in scalars.items():
-        if len(set(numbers.values())) == 1:
+        if len(numbers) == count and len(set(numbers.values())) == 1:
             scalars[key] = next(iter(numbers.values()))
     return scalars
 
@@ -99,12 +102,16 @@ def _is_saved_as_tensor(value: object) -> bool:
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let a new optimizer allocate its state, by a step of size 0 without gradients."""
+    """Let a new optimizer allocate its state by a step at rate 0 with zero gradients.
+
+    That may change state and weights; loading overwrites both.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates):
@@ -193,6 +200,7 @@ def find_checkpoint(settings: Settings, out: Path, wanted: dict) -> tuple[Path |
     state = read_json(path / "state.json", CheckpointError)
     saved = state.get("identity")
     known = isinstance(state.get("step"), int) and isinstance(state.get("before"), dict)
+    known &= isinstance(state.get("optimizer", {}), dict)
     if not known or not isinstance(saved, dict) or "run" not in state:
         raise CheckpointError(f"{path / 'state.json'}: not the state of a run")
     saved = with_new_settings(saved, wanted)
@@ -213,9 +221,12 @@ def with_new_settings(saved: dict, wanted: dict) -> dict:
 
     A setting that did not exist has its default; one that its objective does not have is None.
     """
-    own = OBJECTIVES[wanted["objective"]].defaults
+    if saved.get("objective") not in OBJECTIVES:
+        return saved
+    own = OBJECTIVES[saved["objective"]].defaults
     new = {f.name: f.default for f in fields(Settings) if f.name in wanted and f.name not in saved}
-    saved = saved | new
+    decayed = saved.get("norm_gains_decay", bool(saved.get("weight_decay")))
+    saved = saved | new | {"norm_gains_decay": decayed}
     for name in hyperparameters():
         if name not in own or saved[name] is None:
             saved[name] = own.get(name)
@@ -227,15 +238,18 @@ def load_checkpoint(
     policy: Llama,
     optimizer: torch.optim.Optimizer,
     others: dict[str, Tensor],
-    scalars: dict[str, Any],
+    saved: dict[str, Any],
 ) -> None:
     """Fill weights, optimizer state and the `others` tensors in place. Call it on all ranks.
 
-    scalars: what `optimizer_scalars` gave when the checkpoint was saved.
+    saved: what state.json says of the optimizer: its "class" and its "numbers".
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another optimizer.
     """
+    if saved.get("class") != type(optimizer).__name__ or not isinstance(saved.get("numbers"), dict):
+        ours = type(optimizer).__name__
+        raise CheckpointError(f"{path}: holds the state of {saved.get('class')}, not of {ours}")
     create_state(optimizer)
     tensors = training_tensors(policy, optimizer) | others
     logging.disable(logging.WARNING)  # DCP would log a traceback of what we report in one line
@@ -247,8 +261,10 @@ def load_checkpoint(
         logging.disable(logging.NOTSET)
     for name, parameter in policy.named_parameters():
         state = optimizer.state[parameter]
-        for key, numbers in scalars.items():
-            number = numbers[name] if isinstance(numbers, dict) else numbers
+        for key, numbers in saved["numbers"].items():
+            number = numbers.get(name) if isinstance(numbers, dict) else numbers
+            if number is None:
+                continue
             if isinstance(state.get(key), Tensor):
                 state[key].fill_(number)
             else:

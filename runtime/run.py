@@ -105,9 +105,9 @@ class Run:
         self._score_held_out, self._reference_tensors = score_held_out, tensors
         if self.resumed:
             step = self.state["step"]
-            scalars = self.state.get("optimizer", {"step": step})  # earlier versions: AdamW alone
-            others = self._reference_tensors
-            resume.load_checkpoint(self.resumed, self.policy, self.optimizer, others, scalars)
+            adamw = {"class": "AdamW", "numbers": {"step": step}}  # all that earlier versions had
+            saved, others = self.state.get("optimizer", adamw), self._reference_tensors
+            resume.load_checkpoint(self.resumed, self.policy, self.optimizer, others, saved)
             print0(f"resumed from {self.resumed}")
         on_rank_0(self._reset_output_folder)
         self.writers = open_writers(self) if self.metrics_file else []
@@ -176,9 +176,10 @@ class Run:
         every, last = self.settings.save_every, step + 1 == len(self.inputs.steps)
         stop = any_rank(self.stopped(), self.device)
         if stop or (every and (last or (step + 1) % every == 0)):
-            scalars = resume.optimizer_scalars(self.policy, self.optimizer)
+            numbers = resume.optimizer_scalars(self.policy, self.optimizer)
+            optimizer = {"class": type(self.optimizer).__name__, "numbers": numbers}
             self.state |= {"step": step + 1, "before": self.before, "identity": self.fingerprint}
-            self.state |= {"optimizer": scalars}
+            self.state |= {"optimizer": optimizer}
             tensors, keep = self._tensors(), self.settings.keep
             path = resume.save_checkpoint(self.out, tensors, self.state, keep)
         if stop:

@@ -297,7 +297,8 @@ class Settings:
     )
     show: int = option(
         0,
-        "print N pairs as the model will see them, token for token, and stop; needs no weights",
+        "print the first N records as the model will see them, with special tokens, and stop; "
+        "needs no weights",
         least=0,
         metavar="N",
         may_change=True,

@@ -1,8 +1,8 @@
 """`train.py --show N`: pairs as the model will see them, without loading weights.
 
-It is how a careful person finds a doubled BOS, a missing end of turn or an answer that was cut:
-every token that training uses is printed, special tokens included, and the tokens that are
-predicted stand out. `data.py` explains the rules that it shows.
+Use it to find a doubled BOS, a missing end of turn or an answer that was cut. It prints the text of
+every token that training uses, special tokens included, and marks the tokens that are predicted.
+`data.py` explains the rules.
 """
 
 import itertools
@@ -10,9 +10,9 @@ import sys
 from collections import Counter
 
 from data import Pair
-from formats import records
+from formats import hub, records
 from formats.authors import encoder
-from formats.checkpoint import checkpoint_folder
+from formats.checkpoint import COMPANIONS, check_folder
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from runtime.processes import print0
@@ -24,12 +24,13 @@ PARTS = ("prompt", DIM), ("chosen", GREEN + UNDERLINE), ("rejected", RED + UNDER
 
 
 def show(settings: Settings) -> None:
-    """Print the first `settings.show` pairs of the training data.
+    """Print the pairs of the first `settings.show` records of the training data.
 
     Raises:
         DataError, CheckpointError: data or tokenizer cannot be used.
     """
-    folder = checkpoint_folder(settings.model)
+    folder = hub.local_path(settings.model, "model", COMPANIONS)  # everything but the weights
+    check_folder(folder, COMPANIONS)
     tokenizer = Tokenizer(folder, read_template(settings.chat_template))
     encode = encoder(settings.like_authors)
     limits = settings.max_length, settings.max_prompt_length
@@ -62,10 +63,10 @@ def lines_of(pair: Pair, whole: Pair, tokenizer: Tokenizer) -> list[str]:
         lines += [f"  {name}, {len(ids)} tokens{cut if len(ids) < len(uncut) else ''}"]
         text = printable(tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False))
         if on_terminal():
-            text = f"{colour}{text}{RESET}"
-        elif name != "prompt":
-            text = f"⟦{text}⟧"
-        lines += ["    " + line for line in text.split("\n")]
+            lines += [f"    {colour}{line}{RESET}" for line in text.split("\n")]
+        else:
+            text = text if name == "prompt" else f"⟦{text}⟧"
+            lines += [f"    {line}" for line in text.split("\n")]
     return [*lines, ""]
 
 

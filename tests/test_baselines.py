@@ -301,11 +301,12 @@ def test_each_learns_on_the_toy(monkeypatch, tmp_path, objective):
     """With its toy settings, each objective stays finite and ranks more held-out pairs right."""
     few = first_lines(TOY / "heldout.jsonl", 200, tmp_path / "few.jsonl")
     of_toy = dict.fromkeys(("model", "data", "batch_size", "lr"))  # left to toy/OBJECTIVE.toml
-    flags = of_toy | {"objective": objective, "max_steps": 48, "eval_data": few}
+    steps = 48 if objective in ("slic", "cpo") else 20  # their SFT term acts first
+    flags = of_toy | {"objective": objective, "max_steps": steps, "eval_data": few}
     rows = run(monkeypatch, tmp_path / "run", **flags)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     first, last = rows[0], rows[-1]
-    assert len(rows) == 50 and last["eval_loss"] < first["eval_loss"]
+    assert len(rows) == steps + 2 and last["eval_loss"] < first["eval_loss"]
     accuracy = "eval_rewards/accuracies"
     assert last[accuracy] > max(0.5, first[accuracy]) + 0.02
     assert last["eval_rewards/margins"] > first["eval_rewards/margins"]

@@ -418,7 +418,8 @@ def test_a_run_of_the_version_before_resumes(monkeypatch, tmp_path, unbroken):
     state = out / "checkpoints" / "step-000004" / "state.json"
     saved = json.loads(state.read_text())
     saved["identity"]["reference"] = "online"
-    del saved["identity"]["alphapo_alpha"]
+    del saved["identity"]["alphapo_alpha"], saved["identity"]["norm_gains_decay"]
+    del saved["optimizer"]
     state.write_text(json.dumps(saved))
     run(monkeypatch, out, **flags)
     assert_same(unbroken / "simpo", out)
@@ -440,3 +441,13 @@ def test_another_optimizer_resumes_too(monkeypatch, tmp_path, optimizer):
             run(patch, tmp_path / "run", **flags)
     run(monkeypatch, tmp_path / "run", **flags)
     assert_same(tmp_path / "unbroken", tmp_path / "run")
+
+
+def test_the_state_of_another_optimizer_is_refused(monkeypatch, capsys, tmp_path, unbroken):
+    """Plain SGD wants nothing but weights, and would drop AdamW's moments without a word."""
+    out, flags = unfinished(unbroken, tmp_path)
+    monkeypatch.setattr(
+        train, "make_optimizer", lambda policy, s: torch.optim.SGD(policy.parameters(), s.lr)
+    )
+    line = fails(monkeypatch, capsys, out, 1, **flags)
+    assert "step-000004" in line and "AdamW" in line and "SGD" in line

@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 
+import like_authors
 import pytest
 from test_train import TOY, arguments, fails
 
@@ -27,7 +28,7 @@ def shown(monkeypatch, capsys, tmp_path, *records: dict, **flags) -> str:
     return capsys.readouterr().out
 
 
-def test_a_pair_is_shown_token_for_token(monkeypatch, capsys, tmp_path):
+def test_a_pair_is_shown_as_it_is_trained(monkeypatch, capsys, tmp_path):
     """Special tokens are visible, and the marks stand around what is predicted."""
     out = shown(monkeypatch, capsys, tmp_path, GOOD)
     lines = [line.strip() for line in out.splitlines()]
@@ -64,3 +65,34 @@ def test_what_steers_a_terminal_is_escaped():
 @pytest.mark.parametrize("flags", [{"show": -1}])
 def test_usage(monkeypatch, capsys, tmp_path, flags):
     assert "--show" in fails(monkeypatch, capsys, tmp_path / "run", 2, **flags)
+
+
+def test_the_switch_reaches_show(monkeypatch, capsys, tmp_path):
+    """The switch is followed: the toy names no BOS, without which the authors' way is refused."""
+    line = fails(monkeypatch, capsys, tmp_path / "run", 1, show=1, like_authors=True)
+    assert "bos_token" in line and "--like-authors" in line
+
+
+def test_nothing_but_small_files_is_asked_of_the_hub(monkeypatch, capsys, tmp_path):
+    """An 8B model's weights are 16 GB, and a look at three pairs needs none of them."""
+    asked = []
+    monkeypatch.setattr(
+        "formats.hub.from_hub",
+        lambda name, kind, choose: (
+            asked.append(
+                choose(["model-00001-of-00002.safetensors", "tokenizer.json", "config.json"])
+            )
+            or TOY / "checkpoint"
+        ),
+    )
+    out = shown(monkeypatch, capsys, tmp_path, GOOD, model="owner/name")
+    assert asked == [["tokenizer.json", "config.json"]] and "⟦" in out
+
+
+def test_the_authors_tokens_are_shown(monkeypatch, capsys, tmp_path):
+    """The assistant's header is part of the response, and predicted."""
+    words = like_authors.write_training(tmp_path, 1)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--show=1"])
+    train.main()
+    # this tokenizer has no decoder: its pieces stand apart
+    assert capsys.readouterr().out.replace(" ", "").count("⟦<|assistant|>") == 2
