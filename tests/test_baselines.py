@@ -172,20 +172,25 @@ LOSSES = {  # functions of the policy's log-probabilities alone
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradients_shapes_and_dtypes(name):
-    """Gradients are exact, outputs are [pairs] of the input's dtype, and pairs are independent."""
+def assert_gradients_shapes_and_dtypes(loss, inputs) -> None:
+    """Check a loss at six float64 pairs, inputs = (chosen, rejected) log-probabilities."""
 
     def losses_of(w, l):
-        return LOSSES[name](w, l)[0]
+        return loss(w, l)[0]
 
-    logps = [x.clone().requires_grad_() for x in LOGPS[:2]]
+    logps = [x.clone().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(losses_of, logps)
-    losses, *rewards = LOSSES[name](*logps)
+    losses, *rewards = loss(*logps)
     assert losses.requires_grad and not any(r.requires_grad for r in rewards)
     assert all(x.shape == (6,) and x.dtype == torch.float64 for x in (losses, *rewards))
     for jacobian in torch.autograd.functional.jacobian(losses_of, tuple(logps)):
         assert torch.equal(jacobian, jacobian.diag().diag())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_shapes_and_dtypes(name):
+    """Gradients are exact, outputs are [pairs] of the input's dtype, and pairs are independent."""
+    assert_gradients_shapes_and_dtypes(LOSSES[name], LOGPS[:2])
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if "ipo" not in name])

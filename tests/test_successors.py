@@ -9,7 +9,17 @@ from functools import partial
 
 import pytest
 import torch
-from test_baselines import LENGTHS, LN2, LN3, LOGPS, lengths, reference, t, values_and_slopes
+from test_baselines import (
+    LENGTHS,
+    LN2,
+    LN3,
+    LOGPS,
+    assert_gradients_shapes_and_dtypes,
+    lengths,
+    reference,
+    t,
+    values_and_slopes,
+)
 from test_train import TOY, first_lines, run
 
 from methods.baselines import kto_loss
@@ -118,17 +128,7 @@ LOSSES = {  # functions of the policy's log-probabilities alone
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_shapes_and_dtypes(name):
     """Gradients are exact, outputs are [pairs] of the input's dtype, and pairs are independent."""
-
-    def losses_of(w, l):
-        return LOSSES[name](w, l)[0]
-
-    logps = [x.clone().requires_grad_() for x in LOGPS[:2]]
-    assert torch.autograd.gradcheck(losses_of, logps)
-    losses, *rewards = LOSSES[name](*logps)
-    assert losses.requires_grad and not any(r.requires_grad for r in rewards)
-    assert all(x.shape == (6,) and x.dtype == torch.float64 for x in (losses, *rewards))
-    for jacobian in torch.autograd.functional.jacobian(losses_of, tuple(logps)):
-        assert torch.equal(jacobian, jacobian.diag().diag())
+    assert_gradients_shapes_and_dtypes(LOSSES[name], LOGPS[:2])
 
 
 @pytest.mark.parametrize("name", LOSSES)
