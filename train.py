@@ -37,6 +37,7 @@ from runtime.plan import print_plan
 from runtime.processes import agree, is_rank_0, make_mesh, start_ranks, trim_freed_memory
 from runtime.reference import Reference, make_reference
 from runtime.run import Run, report_errors
+from runtime.sample_flags import TOY
 from runtime.settings import Settings, read_command
 from runtime.show import show
 from sample import generate
@@ -266,28 +267,26 @@ def reshard(model: Llama) -> None:
 # The command
 
 
-SMALL = 2**27  # bytes of weights: a model that answers at once, also on a CPU
-
-
 def report(inputs: Inputs, summary: dict) -> str:
     """Say what was learnt, on held-out pairs if there are some, and what to do next."""
     lines, pairs, out = [], inputs.held_out or inputs.pairs, summary["out"]
     model, prompt, before, after = summary["model"], "PROMPT", summary["before"], summary["after"]
     if "rewards/margins" in after:
-        accuracy, margin = (
-            [scale * metrics[name] for metrics in (before, after)]
-            for name, scale in (("rewards/accuracies", 100), ("rewards/margins", 1))
-        )
-        lines += [
-            f"\nWhat was learnt, on {len(pairs)} held-out pairs:",
-            f"  reward accuracy  {accuracy[0]:7.1f} %  →  {accuracy[1]:.1f} %",
-            f"  reward margin    {margin[0]:+7.3f}    →  {margin[1]:+.3f}",
-        ]
-    if sum(path.stat().st_size for path in model.glob("*.safetensors")) < SMALL:
-        ids, tokenizer = pairs[0].prompt.tolist(), inputs.tokenizer
+        percent = [100 * metrics["rewards/accuracies"] for metrics in (before, after)]
+        margins = [metrics["rewards/margins"] for metrics in (before, after)]
+        lines += [f"\nWhat was learnt, on {len(pairs)} held-out pairs:"]
+        lines += ["  reward accuracy  {:7.1f} %  →  {:.1f} %".format(*percent)]
+        lines += ["  reward margin    {:+7.3f}    →  {:+.3f}".format(*margins)]
+    # A model with less than 128 MiB of weights answers at once, also on a CPU.
+    if sum(path.stat().st_size for path in model.glob("*.safetensors")) < 2**27:
+        ids, tokenizer, judged = pairs[0].prompt.tolist(), inputs.tokenizer, []
         prompt = tokenizer.decode(ids)
-        lines += ["", f"One prompt, answered greedily: {prompt}"]
-        for when, folder in (("before", inputs.source), ("after", model)):
+        if inputs.source.resolve() == TOY:
+            from toy.evidence import evidence  # only the toy has a world and a judge
+
+            judged = evidence(inputs.source, model, tokenizer, inputs.held_out)
+        lines += ["", *(judged or [f"One prompt, answered greedily: {prompt}"])]
+        for when, folder in (("before", inputs.source), ("after", model)) if not judged else ():
             [answer] = generate(load(folder), [ids], tokenizer.stop_ids, max_new_tokens=128)
             lines += [f"  {when:6}  {tokenizer.decode(answer)}"]
     command = f"python sample.py --model {model} --prompt {shlex.quote(prompt)}"
