@@ -4,6 +4,7 @@
 `toy/miniature.py` draws with `panels`, `style` and `COLOURS`, too.
 """
 
+import math
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,12 +17,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", "-.", ":")
 
 CURVES = {  # the metrics of a panel: its label
-    ("loss",): "loss (nats per pair)",
+    ("loss",): "loss",
     ("rewards/margins",): "reward margin",
     ("rewards/accuracies",): "reward accuracy",
     ("avg_logps/chosen", "avg_logps/rejected"): "average log-probability (nats per token)",
     ("lengths/chosen", "lengths/rejected"): "length of the responses (tokens)",
 }
+OF_ITS_OWN_SCALE = ("loss", "rewards/margins")  # every objective has other units of reward
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,20 +110,42 @@ def style(i: int) -> dict[str, str]:
 
 
 def panels(
-    columns: int, rows: int = 1, width: float = 4.2, height: float = 3.4
+    columns: int, rows: int = 1, width: float = 4.2, height: float = 3.4, share: bool = False
 ) -> tuple[Any, np.ndarray]:
     """Create a figure and its axes, `columns * rows` of `width` by `height` inches.
 
-    pyplot, which keeps global state, is not used.
+    share: all axes have the same limits. pyplot, which keeps global state, is not used.
     """
     from matplotlib.figure import Figure  # slow to import, and the statistics do without
 
     figure = Figure(figsize=(width * columns, height * rows), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return figure, axes
+
+
+def by_scale(series: dict[str, np.ndarray], least: float = 0.2) -> list[list[str]]:
+    """Group series into those that can share an axis: each fills at least this part of it.
+
+    Rewards and losses of different objectives have different units, so that one axis for all would
+    crush some of them. The 5 % at either end of a series do not count.
+
+    >>> by_scale({"a": np.arange(10.0), "b": np.arange(20.0), "small": np.arange(10.0) / 100})
+    [['a', 'b'], ['small']]
+    """
+    ends = {name: np.quantile(x, [0.05, 0.95]) for name, x in series.items()}
+    groups: list[list[str]] = []
+    for name in series:
+        for group in groups:
+            low, high = np.transpose([ends[other] for other in (*group, name)])
+            if min(high - low) >= least * (max(high) - min(low)):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def _wrapped(label: str) -> str:
@@ -134,20 +158,25 @@ def draw_distributions(
 ) -> None:
     """Overlay the policies' reward margins, and their chosen log-probabilities (Fig. 3b and 3c).
 
-    margins, likelihoods: one number per pair, for each policy; likelihoods in nats per token.
+    Margins of different scales have an axis each, see `by_scale`. margins, likelihoods: one number
+    per pair, for each policy; likelihoods in nats per token.
     """
-    figure, (left, right) = panels(2)
-    for axis, values in ((left, margins), (right, likelihoods)):
+    groups = by_scale(margins)
+    figure, axes = panels(len(groups) + 1)
+    shown = [{name: margins[name] for name in group} for group in groups] + [likelihoods]
+    styles = {name: style(i) for i, name in enumerate(margins)}
+    for axis, values in zip(axes, shown):
         low, high = np.quantile(np.concatenate(list(values.values())), [0.003, 0.997])
         edges = np.linspace(low, high if high > low else low + 1, 31)
-        for i, (name, x) in enumerate(values.items()):
-            axis.hist(
-                x, edges, density=True, histtype="step", linewidth=1.8, label=name, **style(i)
-            )
-    left.axvline(0, color="grey", linewidth=0.8)
-    left.set(xlabel="reward margin, chosen − rejected", ylabel="density")
-    right.set(xlabel="chosen average log-probability (nats per token)", ylabel="density")
-    left.legend(fontsize=8, frameon=False)
+        for name, x in values.items():
+            how = {"histtype": "step", "linewidth": 1.8, "label": name, **styles[name]}
+            axis.hist(x, edges, density=True, **how)
+        axis.set(xlabel="reward margin, chosen − rejected", ylabel="density")
+        axis.margins(y=0.3)  # room for the legend
+        axis.legend(fontsize=8, frameon=False)
+    for axis in axes[:-1]:
+        axis.axvline(0, color="grey", linewidth=0.8)
+    axes[-1].set(xlabel="chosen average log-probability (nats per token)")
     figure.savefig(path)
 
 
@@ -162,15 +191,14 @@ def draw_likelihood_and_length(
     likelihoods [responses] are in nats per token, lengths [responses] in tokens; correlations are
     Spearman's ρ between the two.
     """
-    figure, axes = panels(len(likelihoods))
+    figure, axes = panels(len(likelihoods), share=True)
     for i, (axis, name) in enumerate(zip(axes, likelihoods)):
-        colour = style(i)["color"]
-        axis.scatter(lengths[name], likelihoods[name], s=6, alpha=0.4, linewidths=0, color=colour)
-        axis.set(
-            title=_wrapped(f"{name}: ρ = {correlations[name]:.2f}"),
-            xlabel="length of the response (tokens)",
-            ylabel="average log-probability (nats per token)",
-        )
+        dots = {"s": 6, "alpha": 0.4, "linewidths": 0, "color": style(i)["color"]}
+        axis.scatter(lengths[name], likelihoods[name], label="one response", **dots)
+        title = _wrapped(f"{name}: ρ = {correlations[name]:.2f}")
+        axis.set(title=title, xlabel="length of the response (tokens)")
+    axes[0].set(ylabel="average log-probability (nats per token)")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right", markerscale=2)
     figure.savefig(path)
 
 
@@ -208,7 +236,8 @@ def draw_accuracy_by_length(path: Path, results: dict[str, dict]) -> None:
     axis.axvline(0, color="grey", linewidth=0.8)
     axis.set(xlabel="length of the chosen − length of the rejected (tokens)")
     axis.set(ylabel="reward accuracy (%)", ylim=(0, 103))
-    axis.legend(fontsize=8, frameon=False)
+    title = "dots: middles of bins with equally many pairs"
+    axis.legend(fontsize=8, frameon=False, title=title, title_fontsize=8)
     figure.savefig(path)
 
 
@@ -216,19 +245,33 @@ def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     """Plot training (lines, a running mean) and evaluation (dots) of several runs.
 
     runs: the rows of metrics.jsonl, for each run. Where a panel shows two metrics, the chosen
-    response has a solid line and the rejected one a dotted line.
+    response has a solid line and the rejected one a dotted line. Runs whose loss or margin has
+    another scale have a panel of their own.
     """
-    figure, axes = panels(3, 2)
-    for axis, (metrics, label) in zip(axes, CURVES.items()):
-        for i, (name, rows) in enumerate(runs.items()):
+    colours = {name: style(i)["color"] for i, name in enumerate(runs)}
+    shown = []  # of every panel: metrics, label, names of the runs
+    for metrics, label in CURVES.items():
+        groups = [list(runs)]
+        if metrics[0] in OF_ITS_OWN_SCALE:
+            steps = {n: [row[metrics[0]] for row in runs[n] if metrics[0] in row] for n in runs}
+            groups = by_scale({n: np.array(values) for n, values in steps.items() if values})
+        shown += [(metrics, label, group) for group in groups]
+    figure, axes = panels(3, math.ceil(len(shown) / 3))
+    for axis, (metrics, label, group) in zip(axes, shown):
+        for name in group:
             for metric, dash in zip(metrics, ("-", ":")):
-                _draw_metric(axis, name, rows, metric, style(i)["color"], dash)
+                _draw_metric(axis, name, runs[name], metric, colours[name], dash)
         axis.set(xlabel="step", ylabel=label)
-    axes[-1].axis("off")
-    handles = {name: handle for handle, name in zip(*axes[0].get_legend_handles_labels())}
-    title = "dots: held-out pairs; dotted lines: rejected"
-    box = {"loc": "center", "frameon": False, "title": title, "title_fontsize": 8}
-    axes[-1].legend(handles.values(), handles.keys(), **box)
+        if len(group) < len(runs):
+            axis.set(title=_wrapped("; ".join(group)))
+    for axis in axes[len(shown) :]:
+        axis.axis("off")
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    title = "lines: training, a running mean; dots: held-out pairs; dotted and hollow: rejected"
+    where = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+    figure.legend(handles=handles, title=title, **where)
     figure.savefig(path)
 
 

@@ -831,6 +831,12 @@ def draw_figures(out: Path, seeds: list[dict]) -> list[str]:
     return drawn
 
 
+def explain_dots(axis: Any, **where: Any) -> None:
+    """Add a legend, in which the last entry says that a dot is a seed."""
+    axis.scatter([], [], s=12, color="grey", label="one seed")
+    axis.legend(fontsize=8, frameon=False, **where)
+
+
 def draw_methods(path: Path, seeds: list[dict]) -> None:
     """Draw a panel per number: a bar per method, and a dot per seed."""
     names = ["SFT", *METHODS]
@@ -850,6 +856,7 @@ def draw_methods(path: Path, seeds: list[dict]) -> None:
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axis.set_ylabel(label)
     axes[0].axhline(50, color="grey", linewidth=0.8)
+    explain_dots(axes[1], loc="upper left")
     figure.savefig(path)
 
 
@@ -873,23 +880,27 @@ def draw_gamma(path: Path, seeds: list[dict]) -> None:
         }
         draw_lines(axis, list(RATIOS), series)
         axis.set(xlabel="γ/β (nats per token), at β 20", ylabel=label)
-    axes[0].legend(fontsize=8, frameon=False)
+    explain_dots(axes[0])
     figure.savefig(path)
 
 
 def draw_mis_ranking(path: Path, seeds: list[dict]) -> None:
-    """Draw the share of pairs that DPO mis-ranks against the step size."""
-    figure, [axis] = figures.panels(1)
+    """Draw the share of pairs that DPO mis-ranks against the step size.
+
+    The SFT model has no step size: its share is a line for the mean, within the range of the seeds.
+    """
+    figure, [axis] = figures.panels(1, width=5)
     mis_ranked = [[at(name, "mis_ranked")(seed) for seed in seeds] for name in STEP_SIZES.values()]
-    of_sft = [[100 - at("SFT", "accuracy")(seed) for seed in seeds]] * len(STEP_SIZES)
-    series = {"DPO, β 0.1": mis_ranked, "the SFT model's likelihood against the labels": of_sft}
-    draw_lines(axis, list(STEP_SIZES), series)
-    axis.axhline(50, color="grey", linewidth=0.8)
+    draw_lines(axis, list(STEP_SIZES), {"reward against likelihood, DPO β 0.1": mis_ranked})
+    of_sft = [100 - at("SFT", "accuracy")(seed) for seed in seeds]
+    sft = figures.style(1) | {"label": "labels against likelihood, SFT model: mean, range"}
+    axis.axhline(statistics.mean(of_sft), linewidth=1.8, **sft)
+    axis.axhspan(min(of_sft), max(of_sft), color=sft["color"], alpha=0.12, linewidth=0)
     axis.set_xscale("log")
     axis.set_xticks(list(STEP_SIZES), [f"{lr:.0e}".replace("e-0", "e-") for lr in STEP_SIZES])
     axis.minorticks_off()
     axis.set(xlabel="peak learning rate", ylabel="pairs ranked differently (%)", ylim=(0, 60))
-    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    explain_dots(axis, loc="lower left")
     figure.savefig(path)
 
 
@@ -905,13 +916,13 @@ def draw_judge(path: Path, seeds: list[dict]) -> None:
         color = figures.COLOURS[i]
         for j, name in enumerate(METHODS):
             values = [at(name, key, "biased")(seed) for seed in seeds]
-            x, height = j + 0.26 * (i - 1), statistics.mean(values)
+            x, height = j + 0.26 * (i - 1), statistics.mean(values) - 50
             once = None if j else label
-            axis.bar(x, height, width=0.22, color=color, alpha=0.45, label=once)
+            axis.bar(x, height, width=0.22, bottom=50, color=color, alpha=0.45, label=once)
             axis.scatter([x] * len(values), values, s=10, color=color, zorder=3)
     axis.set_xticks(range(len(METHODS)), list(METHODS))
-    axis.set(ylabel="win rate against SFT (%)", ylim=(50, 100))
-    axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    axis.set(ylabel="win rate against SFT (%); 50: no better", ymargin=0.03)
+    explain_dots(axis, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.savefig(path)
 
 
