@@ -23,6 +23,7 @@ and prints.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -209,16 +210,18 @@ def read_pairs(
     max_length: int,
     max_prompt_length: int,
     like_authors: bool = False,
+    limit: int | None = None,
 ) -> tuple[list[Pair], Counter]:
     """Read the pairs of a file, a folder or a hub data set, and cut them as training does.
 
-    Returns the pairs, and how many were cut or dropped for each reason.
+    At most `limit` records are read. Returns the pairs, and how many were cut or dropped for each
+    reason.
 
     Raises:
         DataError: a record is malformed, or no pair remains.
     """
     examples, counts = [], Counter[str]()
-    for where, record in read_records(name):
+    for where, record in itertools.islice(read_records(name), limit):
         try:
             examples.append(parse_record(record, where)[1])
         except Dropped as e:

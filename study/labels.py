@@ -109,16 +109,16 @@ def _differences(run: Settings, peers: list[Settings], names: list[str]) -> list
             compared = [peer for peer in peers if peer.objective == run.objective]
             if name not in OBJECTIVES[run.objective].defaults:
                 continue
-        differ = len({_described(name, getattr(peer, name)) for peer in compared}) > 1
+        differ = len({described(name, getattr(peer, name)) for peer in compared}) > 1
         if name != "objective" and differ and getattr(run, name) != getattr(default, name):
-            parts.append(_described(name, getattr(run, name)))
+            parts.append(described(name, getattr(run, name)))
     return parts
 
 
-def _described(name: str, value: Any) -> str:
+def described(name: str, value: Any) -> str:
     """Return a setting as it appears in a label.
 
-    >>> _described("gamma_beta_ratio", 0.0), _described("data", "sets/pairs.jsonl")
+    >>> described("gamma_beta_ratio", 0.0), described("data", "sets/pairs.jsonl")
     ('γ/β 0', 'data pairs.jsonl')
     """
     words = SYMBOLS.get(name, name.replace("_", " "))
