@@ -259,5 +259,9 @@ def test_the_committed_page_is_what_the_command_writes():
     assert text == tokens.page(values), "make it again, see docs/guide.md"
     assert [run["name"] for run in values["runs"]] == ["SimPO", "no length norm", "DPO"]
     assert len(text.encode()) < 200_000 and len(values["pairs"]) >= 20
+    for i, change in enumerate((0.3, -3.1, -0.6)):  # what README says of the end of the answer
+        ends = [p["after"][i][r][-1] - p["before"][r][-1] for p in values["pairs"] for r in (0, 1)]
+        assert sum(ends) / len(ends) / 1000 == pytest.approx(change, abs=0.05)
+        assert i != 1 or max(ends) < 0 and len(ends) == 100
     sources = (ROOT / "study" / f"tokens.{end}" for end in ("py", "html"))
     assert sum(len(path.read_text().splitlines()) for path in sources) < 400

@@ -4,6 +4,7 @@ The toy is made identically from a seed, loads, and is small. The miniature's ve
 its numbers.
 """
 
+import contextlib
 import doctest
 import json
 import re
@@ -49,6 +50,18 @@ def test_the_same_seed_makes_the_same_files(tmp_path):
 def test_the_doctests_of_make():
     failed, attempted = doctest.testmod(make)
     assert failed == 0 and attempted
+
+
+def test_a_log_sees_a_quarter_of_the_steps_at_a_time(capsys):
+    """Only on the real stdout, whatever replaces it meanwhile."""
+    milestones = make.Milestones("seed 1  ")
+    with contextlib.redirect_stdout(milestones):
+        for step in range(1, 63):
+            print(f"step {step}/62 (3 pairs)  loss {step}.5  margin +1.1  accuracy 65.6 %")
+        print("held out, after 62 steps:  loss 2.2")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [f"seed 1  step {n}/62 (3 pairs)  loss {n}.5" for n in (15, 30, 45, 60)]
+    assert make.milestone("step 1/2  loss 0.7  margin") and make.milestone("step 1/1  loss 0.7")
 
 
 def test_surplus_pairs_are_dropped_at_the_end():

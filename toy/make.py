@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -94,12 +95,37 @@ def words(flags: dict[str, Any]) -> list[str]:
     ]
 
 
-def run_train(out: Path, **flags: Any) -> Path:
-    """Run `train.py --out OUT --flag value …` silently, on the ranks that exist already.
+def milestone(line: str) -> str:
+    """Return what a line of train.py's output says of a quarter of the steps, else "".
 
-    Returns the folder of the trained checkpoint.
+    >>> milestone("step 15/62  loss 2.3748  margin +1.1096  accuracy 65.6 %")
+    'step 15/62  loss 2.3748'
+    >>> milestone("step 16/62  loss 2.3748"), milestone("evaluating …")
+    ('', '')
     """
-    with contextlib.redirect_stdout(io.StringIO()):
+    found = re.match(r"step (\d+)/(\d+) .*?loss \S+", line)
+    return found[0] if found and int(found[1]) % max(1, int(found[2]) // 4) == 0 else ""
+
+
+class Milestones(io.StringIO):
+    """Takes the output of train.py in place of stdout, and prints its milestones there."""
+
+    def __init__(self, prefix: str):
+        super().__init__()
+        self.prefix, self.stdout = prefix, sys.stdout
+
+    def write(self, text: str) -> int:
+        if what := milestone(text):
+            print(f"{self.prefix}{what}", file=self.stdout, flush=True)
+        return len(text)
+
+
+def run_train(out: Path, prefix: str = "", **flags: Any) -> Path:
+    """Run `train.py --out OUT --flag value …` on the ranks that exist already.
+
+    It prints nothing but milestones, behind `prefix`. Returns the folder of the trained checkpoint.
+    """
+    with contextlib.redirect_stdout(Milestones(prefix)):
         return train.train(read_settings(words(flags | {"out": out, "device": "cpu"})))["model"]
 
 
@@ -158,8 +184,10 @@ def write_untrained(folder: Path, seed: int) -> None:
     shutil.rmtree(source)
 
 
-def finetune(folder: Path, seed: int, texts: int, steps: int) -> Path:
+def finetune(folder: Path, seed: int, texts: int, steps: int, prefix: str = "SFT  ") -> Path:
     """Go from a corpus to a fine-tuned checkpoint, all under `folder`; return the checkpoint.
+
+    Milestones are printed behind `prefix`.
 
     Hundreds of steps at a high rate amplify the rounding of a sum into another model. Fine-tuning
     therefore always runs in a process of its own, on one rank with one thread.
@@ -194,10 +222,15 @@ def finetune(folder: Path, seed: int, texts: int, steps: int) -> Path:
         of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         alone = {name: value for name, value in os.environ.items() if name not in of_torchrun}
         command = [sys.executable, HERE.parent / "train.py", *words(flags)]
-        environment = alone | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"fine-tuning failed: {done.stderr.strip()}")
+        options = {"env": alone | {"OMP_NUM_THREADS": "1"}, "text": True}
+        with tempfile.TemporaryFile("w+") as errors:
+            tuning = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **options)
+            print_milestones = Milestones(prefix)
+            for line in tuning.stdout:
+                print_milestones.write(line)
+            if tuning.wait():
+                errors.seek(0)
+                raise OSError(f"fine-tuning failed: {errors.read().strip()}")
 
     on_rank_0(tune)
     return folder / "sft" / "model"
@@ -267,8 +300,10 @@ def main() -> None:
     splits = (("train", flags.prompts, False), ("heldout", flags.held_out, True))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        print(f"fine-tuning {flags.steps} steps …", flush=True)
         model = finetune(work, flags.seed, flags.texts, flags.steps)
         for name, count, held_out in splits:
+            print(f"sampling four answers to each of {count} prompts …", flush=True)
             pairs = sample_pairs(model, work, flags.seed + 1 + held_out, count, held_out)
             if name == "train":
                 # A short last step would print a noisy loss just before the result of the run.

@@ -1,7 +1,7 @@
 """Repeat the paper in miniature: its pipeline, ablations and analyses in a world for a laptop.
 
     python toy/miniature.py
-        one seed: SimPO, DPO and two ablations, about three minutes
+        one seed: SimPO, DPO and two ablations, about two minutes
     python toy/miniature.py --seeds 5
         five seeds: mean ± standard deviation
     python toy/miniature.py --full --seeds 5 --out toy
@@ -273,7 +273,7 @@ def run_seed(
     start = time.perf_counter()
     key = 1000 * seed  # so that no two seeds share a stream of random numbers
     note(seed, "SFT", f"fine-tuning {size.steps} steps …")
-    sft = make.finetune(work, key, size.texts, size.steps)
+    sft = make.finetune(work, key, size.texts, size.steps, line(seed, "SFT"))
     note(seed, "SFT", f"fine-tuned ({time.perf_counter() - start:.0f} s)")
     note(seed, "pairs", f"sampling answers to {size.prompts + size.held_out} prompts …")
     count, held_out = write_inputs(sft, work, key, size)
@@ -287,8 +287,10 @@ def run_seed(
         if flags:
             flags = {"data": "train.jsonl", "batch_size": make.BATCH_SIZE, "seed": key} | flags
             flags |= {"data": str(work / flags["data"])}
-            model = make.run_train(work / f"run-{number}", model=sft, **flags)
+            out, prefix = work / f"run-{number}", line(seed, name)
+            model = make.run_train(out, prefix, model=sft, **flags)
         trained = time.perf_counter()
+        note(seed, name, f"answering {size.answers} prompts …")
         r = evaluation.evaluate(name, model, str(number), flags)
         results[name] = r | {"train_seconds": trained - began}
         took = time.perf_counter() - began
@@ -298,8 +300,12 @@ def run_seed(
     return {"seed": seed, "methods": results, "duels": evaluation.duels(), "seconds": seconds}
 
 
+def line(seed: int, what: str, text: str = "") -> str:
+    return f"seed {seed}  {what:33}  {text}"
+
+
 def note(seed: int, what: str, text: str) -> None:
-    print0(f"seed {seed}  {what:33}  {text}")
+    print0(line(seed, what, text))
 
 
 # --------------------------------------------------------------------------------------------------
