@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from methods.objectives import OBJECTIVES
 from runtime.settings import Settings
@@ -34,6 +35,12 @@ def test_both_examples_learn(monkeypatch, tmp_path, capsys):
         result = train(settings)
         assert result["after"]["loss"] < result["before"]["loss"] - 0.01
         assert "hinge, beta 10.0: 4 steps" in capsys.readouterr().out
+        # per token −1 against −2 and against −1.05, at β 10: margins of 10 and ½
+        chosen, rejected = torch.tensor([-4.0, -4.0]), torch.tensor([-4.0, -2.1])
+        lengths = torch.tensor([4, 4]), torch.tensor([2, 2])
+        losses, *rewards = example["hinge_loss"](chosen, rejected, *lengths, 10.0)
+        assert losses.tolist() == pytest.approx([0.0, 0.5], abs=1e-5)
+        assert [r.tolist() for r in rewards] == [[-10, -10], [-20, -10.5]]
     finally:
         del OBJECTIVES["hinge"]
 
