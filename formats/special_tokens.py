@@ -1,0 +1,89 @@
+"""Check that the files of a checkpoint folder agree about special tokens.
+
+tokenizer.json is what encodes. Older versions of transformers wrote the same tokens into further
+files, and transformers still reads them: it adds a token that tokenizer.json lacks under a new id,
+and replaces one whose flags differ. We refuse both by name. `statements` lists what the files say.
+Read formats/tokenizer.py next.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from formats.errors import DataError
+
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # they change the tokens of a text
+LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+
+
+class Statement(NamedTuple):
+    """Holds what one file says about one token."""
+
+    where: str  # "tokenizer_config.json: bos_token"
+    text: str
+    id: object = None  # None: not said
+    flags: dict = {}
+
+
+def statements(files: dict[str, dict]) -> Iterator[Statement]:
+    """Yield what files say about tokens; `files` maps a file's name to its content."""
+    for name, content in files.items():
+        if name == "added_tokens.json":
+            for text, i in content.items():
+                yield Statement(f"{name}: {text!r}", text, i)
+            continue
+        for key, value in content.items():
+            if key == "added_tokens_decoder" and isinstance(value, dict):
+                for i, token in value.items():
+                    number = int(i) if i.isdecimal() else i
+                    yield _statement(f"{name}: {key}: {i}", token, number)
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            members = values if key in LISTS and value else [value] * key.endswith("_token")
+            for token in members:
+                if text := text_of(token):
+                    yield Statement(f"{name}: {key}", text)
+
+
+def _statement(where: str, token: Any, number: object) -> Statement:
+    if not isinstance(token, dict) or not (text := text_of(token)):
+        raise DataError(f"{where}: expected an object with the token's content")
+    return Statement(where, text, number, {flag: token.get(flag, False) for flag in FLAGS})
+
+
+def text_of(token: object) -> str | None:
+    """Return the text of a token, given as a string or as an object with its content."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def check(folder: Path, files: dict[str, dict], backend: tokenizers.Tokenizer) -> None:
+    """Raise DataError if a file names a token that tokenizer.json does not have, or has otherwise.
+
+    Also if two files name different tokens for one purpose, such as bos_token.
+    """
+    added = backend.get_added_tokens_decoder()
+    by_text = {token.content: token for token in added.values()}
+    for where, text, number, flags in statements(files):
+        ours = backend.token_to_id(text)
+        if ours is None or (text not in by_text and not _is_one_token(backend, text, ours)):
+            problem = f"{text!r} is not a token of tokenizer.json"
+            raise DataError(f"{folder}/{where}: {problem}: add it there, or remove it here")
+        if number is not None and number != ours:
+            raise DataError(f"{folder}/{where}: {text!r} has the id {ours} in tokenizer.json")
+        for flag, value in flags.items() if text in by_text else ():
+            if (theirs := getattr(by_text[text], flag)) != value:
+                problem = f"{text!r} has {flag} = {value}, and {theirs} in tokenizer.json"
+                raise DataError(f"{folder}/{where}: {problem}")
+    one, other = files["tokenizer_config.json"], files["special_tokens_map.json"]
+    for key in sorted(key for key in one.keys() & other.keys() if key.endswith("_token")):
+        texts = text_of(one[key]), text_of(other[key])
+        if all(texts) and texts[0] != texts[1]:
+            two = f"{texts[0]!r} in tokenizer_config.json, {texts[1]!r} in special_tokens_map.json"
+            raise DataError(f"{folder}: {key} is {two}: make them equal")
+
+
+def _is_one_token(backend: tokenizers.Tokenizer, text: str, number: int) -> bool:
+    return backend.encode(text, add_special_tokens=False).ids == [number]
