@@ -22,10 +22,10 @@ BOS = re.compile(
 # The opening of a turn in ChatML, Llama 3 and Gemma, where a mark or a line break has to follow the
 # role; in Cohere's; in Phi-3, Zephyr and GLM; in DeepSeek; in Llama 2 and Mistral.
 OPENING = re.compile(
-    rf"(?:<\|\w+\|?>|<\w{0, 20}turn\w{0, 20}>)\s*(?P<role>{ROLES})(?:<\|\w+\|?>|[^\S\n]*\n)"
+    rf"(?:<\|\w+\|?>|<\w+_turn>)\s*(?P<role>{ROLES})(?:<\|\w+\|?>|[^\S\n]*\n)"
     rf"|<\|START_OF_TURN_TOKEN\|><\|(?P<cohere>{ROLES})_TOKEN\|>"
     rf"|<\|(?P<mark>{ROLES})\|>[^\S\n]*\n"
-    rf"|<｜(?P<wide>{ROLES})｜>(?!\s)"
+    rf"|<｜(?P<wide>{ROLES})｜>(?! )"
     r"|\[(?:INST|SYSTEM_PROMPT)\]",
     re.IGNORECASE,
 )
@@ -63,7 +63,7 @@ def is_rendered(text: str, own_header: re.Pattern, own_cue: str) -> bool:
     bare = text[bos_length(text) :].rstrip()
     if own_header.pattern and own_cue and bare.endswith(own_cue) and own_header.match(bare):
         return True
-    if any(start in bare and bare.endswith(end) for start, end in PLAIN):
+    if any(bare.endswith(end) and start in bare for start, end in PLAIN):
         return True
     start = OPENING.match(bare + "\n")
     if not start:
@@ -101,10 +101,10 @@ def check_unrendered(
         if role.lower() in ("assistant", "model", "chatbot"):
             _refuse_rendered(example, field_name(example, i), response)
     # the same end of turn at all responses; one alone may be what the answer is about
-    texts = [response.rstrip() for response in example.responses]
-    ends = {tail[0] for text in texts if (tail := FOREIGN_END.search(text))}
-    if len(texts) > 1 and len(ends) == 1 and all(map(FOREIGN_END.search, texts)):
-        _refuse_rendered(example, "chosen and rejected: their end", ends.pop())
+    ends = [FOREIGN_END.search(response.rstrip()[-40:]) for response in example.responses]
+    texts = {end[0] if end else "" for end in ends}
+    if len(ends) > 1 and len(texts) == 1 and (text := texts.pop()):
+        _refuse_rendered(example, "chosen and rejected: their end", text)
 
 
 def _refuse_rendered(example: Example, name: str, text: str) -> None:

@@ -52,6 +52,12 @@ class TemplateFailure(Exception):
 # --------------------------------------------------------------------------------------------------
 # The parent
 
+
+def today() -> str:
+    """Return the day, YYYY-MM-DD."""
+    return datetime.now().date().isoformat()
+
+
 _child: subprocess.Popen | None = None
 _one_at_a_time = threading.Lock()
 
@@ -168,7 +174,7 @@ def compile_template(source: str, date: str | None):
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    now = datetime.fromisoformat(date or datetime.now().date().isoformat())
+    now = datetime.fromisoformat(date or today())
     environment.globals["strftime_now"] = now.strftime
     environment.globals["dict"] = new_dict
     return environment.from_string(source)

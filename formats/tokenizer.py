@@ -13,7 +13,6 @@ decisions about them; `Tokenizer` carries them out:
 Read data.py next: `encode` cuts the ids of an `Example` to length and makes a `Pair` of them.
 """
 
-import datetime
 import itertools
 import json
 import math
@@ -113,7 +112,7 @@ class Tokenizer:
             self.template_file, source = "--chat-template", chat_template
         self.template = source or None
         asks = "strftime_now" in source
-        self.date = (date or datetime.date.today().isoformat()) if asks else None
+        self.date = (date or template.today()) if asks else None
 
         self.tail = ""
         self._kept_roles: set[tuple[str, ...]] = set()  # of which the template keeps all messages

@@ -11,7 +11,6 @@ shards of a checkpoint.
 """
 
 import contextlib
-import datetime
 import fcntl
 import json
 import math
@@ -32,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from data import Pair
-from formats import checkpoint
+from formats import checkpoint, template
 from formats.errors import CheckpointError, InputError
 from formats.files import read_json
 from methods.objectives import OBJECTIVES
@@ -331,11 +330,11 @@ def day_of_run(settings: Settings) -> str:
     out = Path(settings.out) if settings.out else _restarted_run()
     newest = next(reversed(resume.checkpoints(out)), None) if out else None
     path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
-    today = datetime.date.today().isoformat()
     with contextlib.suppress(CheckpointError):  # `resume.find_checkpoint` will report it
         identity = read_json(path / "state.json", CheckpointError).get("identity") if path else {}
-        return (identity.get("date") if isinstance(identity, dict) else None) or today
-    return today
+        if isinstance(identity, dict) and isinstance(day := identity.get("date"), str):
+            return day
+    return template.today()
 
 
 def _new_folder(objective: str) -> Path:
