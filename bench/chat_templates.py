@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -150,13 +151,16 @@ def compare_all(paths: list[Path], work: Path) -> dict[str, dict[str, str]]:
 def report(table: dict[str, dict[str, str]]) -> str:
     """Return the table in Markdown: a row per template, then every reason to refuse."""
     kinds = Counter(v.split(":")[0] for row in table.values() for v in row.values())
-    whole = sum(all(v == "equal" for v in row.values()) for row in table.values())
+    usual = ("one turn", "three turns", "system", "system, turns")
+    whole = sum(all(row[name] == "equal" for name in usual) for row in table.values())
     lines = [
         "# Chat templates: our token ids against transformers'",
         "",
         f"`python bench/chat_templates.py`: {len(table)} templates of TRL, {len(CONVERSATIONS)} "
-        f"conversations each. {kinds['equal']} equal, {kinds['refused']} refused, "
-        f"{kinds['DIFFERENT']} different. = equal, r refused, X different.",
+        f"conversations each, transformers {version('transformers')}. {kinds['equal']} equal, "
+        f"{kinds['refused']} refused, {kinds['DIFFERENT']} different.",
+        "",
+        "= equal, r refused, X different",
         "",
         "| template | " + " | ".join(CONVERSATIONS) + " |",
         "|---|" + "---|" * len(CONVERSATIONS),
@@ -164,11 +168,7 @@ def report(table: dict[str, dict[str, str]]) -> str:
     signs = {"equal": "=", "refused": "r", "DIFFERENT": "X"}
     for name, row in table.items():
         lines += [f"| {name} | " + " | ".join(signs[v.split(":")[0]] for v in row.values()) + " |"]
-    lines += [
-        "",
-        f"All conversations are equal for {whole} templates. Why conversations are refused:",
-        "",
-    ]
+    lines += ["", f"The first four columns are equal for {whole} templates. Reasons to refuse:", ""]
     why = Counter(
         re.sub(r"^refused: [^ ]+ |\(DIR[^)]*\)", "", v)[:200]
         for row in table.values()

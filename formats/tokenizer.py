@@ -337,8 +337,12 @@ class Tokenizer:
 
         Raises:
             DataError: a prompt is a list of messages, but there is no chat template. Also if the
-                template refuses an example, or renders its prompt in another way once answered.
+                template refuses an example, or renders its prompt in another way once answered, or
+                if formats/fidelity.py finds that it does not say what the example says.
         """
+        for example in examples:
+            if any(r.strip() and not self._without_end(r).strip() for r in example.responses):
+                raise DataError(f"{example.where}: a response is an end of turn and nothing else")
         if not self.template:
             return [self._plain_text(example) for example in examples]
         conversations: template.Conversations = []

@@ -328,7 +328,8 @@ def _restarted_run() -> Path | None:
 def day_of_run(settings: Settings) -> str:
     """Return the day on which the run to resume began, YYYY-MM-DD; for a new run, today."""
     out = Path(settings.out) if settings.out else _restarted_run()
-    newest = next(reversed(resume.checkpoints(out)), None) if out else None
+    unfinished = out and not (out / "model").exists()
+    newest = next(reversed(resume.checkpoints(out)), None) if out and unfinished else None
     path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
     with contextlib.suppress(CheckpointError):  # `resume.find_checkpoint` will report it
         identity = read_json(path / "state.json", CheckpointError).get("identity") if path else {}

@@ -164,6 +164,11 @@ def test_one_end_of_turn(tmp_path, argument, end):
     assert text_of(tokenizer, other) == "<|im_end|> ends it<|im_end|>"
 
 
+def test_an_answer_of_nothing_is_refused(tmp_path):
+    """It would be an end of turn alone, which teaches the model to say nothing."""
+    assert "nothing else" in refusal(tokenizer_of(tmp_path), "Hi", "<|im_end|>\n", "No.")
+
+
 # --------------------------------------------------------------------------------------------------
 # What the template leaves out
 
@@ -445,6 +450,9 @@ def test_a_run_keeps_its_day(monkeypatch, capsys, tmp_path):
     line = fails(monkeypatch, capsys, out, 1, **flags, date="2026-02-04")
     assert "date '2026-02-03' (now '2026-02-04')" in line
     assert date_after(resume="never", overwrite=True) == "2026-02-04"
+    set_clock(monkeypatch, "2026-02-05")
+    (out / "model").mkdir()  # as if that run had finished
+    assert date_after(overwrite=True) == "2026-02-05"
     del flags["chat_template"]
     assert date_after(resume="never", overwrite=True) is None
 
