@@ -6,11 +6,9 @@ and replaces one whose flags differ. We refuse both by name. `statements` lists 
 Read formats/tokenizer.py next.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import tokenizers
 
 from formats.errors import DataError
 
@@ -37,7 +35,7 @@ def statements(files: dict[str, dict]) -> Iterator[Statement]:
         for key, value in content.items():
             if key == "added_tokens_decoder" and isinstance(value, dict):
                 for i, token in value.items():
-                    number = int(i) if i.isdecimal() else i
+                    number = int(i) if i.isdecimal() and len(i) < 20 else i
                     yield _statement(f"{name}: {key}: {i}", token, number)
                 continue
             values = value.values() if isinstance(value, dict) else value
@@ -60,24 +58,26 @@ def text_of(token: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def check(folder: Path, files: dict[str, dict], backend: tokenizers.Tokenizer) -> None:
+def check(
+    folder: Path, files: dict[str, dict], added: dict[str, dict], id_of: Callable[[str], int | None]
+) -> None:
     """Raise DataError if a file names a token that tokenizer.json does not have, or has otherwise.
 
     Also if two files name different tokens for one purpose, such as bos_token.
+
+    added: the added tokens of tokenizer.json: text → its "id" and those of `FLAGS` that matter.
+    id_of: returns the id of a text that is one token, else None.
     """
-    added = backend.get_added_tokens_decoder()
-    by_text = {token.content: token for token in added.values()}
     for where, text, number, flags in statements(files):
-        ours = backend.token_to_id(text)
-        if ours is None or (text not in by_text and not _is_one_token(backend, text, ours)):
+        ours = added.get(text) or {"id": id_of(text)}
+        if ours["id"] is None:
             problem = f"{text!r} is not a token of tokenizer.json"
             raise DataError(f"{folder}/{where}: {problem}: add it there, or remove it here")
-        if number is not None and number != ours:
-            raise DataError(f"{folder}/{where}: {text!r} has the id {ours} in tokenizer.json")
-        for flag, value in flags.items() if text in by_text else ():
-            matters = flag != "normalized" or backend.normalizer is not None
-            if matters and (theirs := getattr(by_text[text], flag)) != value:
-                problem = f"{text!r} has {flag} = {value}, and {theirs} in tokenizer.json"
+        if number is not None and number != ours["id"]:
+            raise DataError(f"{folder}/{where}: {text!r} has the id {ours['id']} in tokenizer.json")
+        for flag in flags.keys() & ours.keys():
+            if flags[flag] != ours[flag]:
+                problem = f"{text!r} has {flag} = {flags[flag]}, and {ours[flag]} in tokenizer.json"
                 raise DataError(f"{folder}/{where}: {problem}")
     one, other = files["tokenizer_config.json"], files["special_tokens_map.json"]
     for key in sorted(key for key in one.keys() & other.keys() if key.endswith("_token")):
@@ -85,7 +85,3 @@ def check(folder: Path, files: dict[str, dict], backend: tokenizers.Tokenizer) -
         if all(texts) and texts[0] != texts[1]:
             two = f"{texts[0]!r} in tokenizer_config.json, {texts[1]!r} in special_tokens_map.json"
             raise DataError(f"{folder}: {key} is {two}: make them equal")
-
-
-def _is_one_token(backend: tokenizers.Tokenizer, text: str, number: int) -> bool:
-    return backend.encode(text, add_special_tokens=False).ids == [number]

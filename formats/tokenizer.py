@@ -98,8 +98,7 @@ class Tokenizer:
         settings = self._read_json("tokenizer_config.json")
         names = ("special_tokens_map.json", "added_tokens.json")
         told = {"tokenizer_config.json": settings} | {n: self._read_json(n) for n in names}
-        with self._library():
-            special_tokens.check(folder, told, self.backend)
+        special_tokens.check(folder, told, self._added_tokens(), self._id_of_one_token)
         self.special = self._special_tokens(told["special_tokens_map.json"] | settings)
         named_bos = self._id(self.special.get("bos_token"))
         self.bos_ids = {i for i in (self.bos_id, named_bos) if i is not None}
@@ -167,6 +166,22 @@ class Tokenizer:
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
+
+    def _id_of_one_token(self, text: str) -> int | None:
+        """Return the id of a text that the tokenizer encodes as one token, None for any other."""
+        number = self._id(text)
+        with self._library():
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        return number if ids == [number] else None
+
+    def _added_tokens(self) -> dict[str, dict]:
+        """Return "id" and flags of each added token; `normalized` only if something normalizes."""
+        normalizes = self.backend.normalizer is not None
+        flags = [f for f in special_tokens.FLAGS if f != "normalized" or normalizes]
+        return {
+            token.content: {"id": i} | {flag: getattr(token, flag) for flag in flags}
+            for i, token in self.backend.get_added_tokens_decoder().items()
+        }
 
     def _special_tokens(self, merged: dict) -> dict[str, str]:
         """Collect the texts of special tokens by their names, such as "bos_token"."""
