@@ -20,36 +20,35 @@ class Statement(NamedTuple):
     """Holds what one file says about one token."""
 
     where: str  # "tokenizer_config.json: bos_token"
-    text: str
+    text: str | None  # None: it is not given as a token is
     id: object = None  # None: not said
     flags: dict = {}
 
 
 def statements(files: dict[str, dict]) -> Iterator[Statement]:
     """Yield what files say about tokens; `files` maps a file's name to its content."""
-    for name, content in files.items():
-        if name == "added_tokens.json":
-            for text, i in content.items():
-                yield Statement(f"{name}: {text!r}", text, i)
-            continue
-        for key, value in content.items():
-            if key == "added_tokens_decoder" and isinstance(value, dict):
-                for i, token in value.items():
+    for text, i in files["added_tokens.json"].items():
+        yield Statement(f"added_tokens.json: {text!r}", text, i)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for key, value in files[name].items():
+            where = f"{name}: {key}"
+            if key == "added_tokens_decoder":
+                for i, token in value.items() if isinstance(value, dict) else [("", value)]:
                     number = int(i) if i.isdecimal() and len(i) < 20 else i
-                    yield _statement(f"{name}: {key}: {i}", token, number)
-                continue
-            values = value.values() if isinstance(value, dict) else value
-            members = values if key in LISTS and value else [value] * key.endswith("_token")
-            for token in members:
-                if text := text_of(token):
-                    yield Statement(f"{name}: {key}", text)
+                    yield Statement(f"{where}: {i}", text_of(token), number, _flags(token))
+            elif key in LISTS and value:
+                members = list(value.values()) if isinstance(value, dict) else value
+                for token in members if isinstance(members, list) else [None]:
+                    yield Statement(where, text_of(token))
+            elif key.endswith("_token") and (text := text_of(value)):
+                yield Statement(where, text)
 
 
-def _statement(where: str, token: Any, number: object) -> Statement:
-    if not isinstance(token, dict) or not (text := text_of(token)):
-        raise DataError(f"{where}: expected an object with the token's content")
+def _flags(token: Any) -> dict:
+    if not isinstance(token, dict):
+        return {}
     token = {"normalized": not token.get("special")} | token  # the library's defaults
-    return Statement(where, text, number, {flag: token.get(flag, False) for flag in FLAGS})
+    return {flag: token.get(flag, False) for flag in FLAGS}
 
 
 def text_of(token: object) -> str | None:
@@ -69,6 +68,8 @@ def check(
     id_of: returns the id of a text that is one token, else None.
     """
     for where, text, number, flags in statements(files):
+        if text is None:
+            raise DataError(f"{folder}/{where}: expected a token's text, or an object with it")
         ours = added.get(text) or {"id": id_of(text)}
         if ours["id"] is None:
             problem = f"{text!r} is not a token of tokenizer.json"

@@ -319,7 +319,7 @@ def score_policy(
     reference = None
     if OBJECTIVES[settings.objective].needs_reference:
         s = settings
-        key = (s.model, s.chat_template, s.max_length, s.max_prompt_length, s.like_authors)
+        key = (s.model, s.chat_template, s.date, s.max_length, s.max_prompt_length, s.like_authors)
         if key not in references:
             assert s.model  # see open_policy
             folder = checkpoint.checkpoint_folder(s.model)

@@ -524,6 +524,9 @@ END_TOKEN = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normali
             {"added_tokens_decoder": {"4": END_TOKEN | {"lstrip": True}}},
             "'<|im_end|>' has lstrip = True, and False in tokenizer.json",
         ),
+        ("tokenizer_config", {"added_tokens_decoder": {"4": 1}}, "4: expected a token's text"),
+        ("tokenizer_config", {"added_tokens_decoder": [1]}, "decoder: : expected a token's text"),
+        ("special_tokens_map", {"extra_special_tokens": 5}, "expected a token's text"),
         ("special_tokens_map", {"unk_token": "[UNK]"}, "special_tokens_map.json: unk_token"),
         ("special_tokens_map", {"eos_token": "</s>"}, "eos_token is '<|im_end|>' in tokenizer_con"),
         (
