@@ -355,9 +355,6 @@ class Tokenizer:
                 template refuses an example, or renders its prompt in another way once answered, or
                 if formats/fidelity.py finds that it does not say what the example says.
         """
-        for example in examples:
-            if any(r.strip() and not self._without_end(r).strip() for r in example.responses):
-                raise DataError(f"{example.where}: a response is an end of turn and nothing else")
         if not self.template:
             return [self._plain_text(example) for example in examples]
         conversations: template.Conversations = []
@@ -371,6 +368,8 @@ class Tokenizer:
                     responses = tuple(response.strip() for response in responses)
                 prompt = as_messages(prompt)
             fidelity.check_unrendered(example, prompt, *self.marks)
+            if any(r.strip() and not self._without_end(r).strip() for r in responses):
+                raise DataError(f"{example.where}: a response is an end of turn and nothing else")
             prompts.append(prompt)
             conversations.append((prompt, True))
             for response in responses:
