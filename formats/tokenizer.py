@@ -9,6 +9,7 @@ decisions about them; `Tokenizer` carries them out:
     _learn_end_of_turn                  the response ends with the end-of-turn token
     encode_responses                    no merge crosses from prompt to response
     render                              the template runs in a sandbox, formats/template.py
+    check_kept                          its text says what the record says, formats/fidelity.py
 
 Read data.py next: `encode` cuts the ids of an `Example` to length and makes a `Pair` of them.
 """
@@ -367,9 +368,10 @@ class Tokenizer:
                 if prompt.endswith(ASSISTANT_MARK):
                     responses = tuple(response.strip() for response in responses)
                 prompt = as_messages(prompt)
-            fidelity.check_unrendered(example, prompt, *self.marks)
-            if any(r.strip() and not self._without_end(r).strip() for r in responses):
+            bare = tuple(map(self._without_end, responses))
+            if any(r.strip() and not text.strip() for r, text in zip(responses, bare)):
                 raise DataError(f"{example.where}: a response is an end of turn and nothing else")
+            fidelity.check_unrendered(example._replace(responses=bare), prompt, *self.marks)
             prompts.append(prompt)
             conversations.append((prompt, True))
             for response in responses:

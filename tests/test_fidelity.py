@@ -106,7 +106,7 @@ def test_what_a_checkpoint_renders_itself_is_refused(tmp_path, name):
         ("<|im_start|>assistant\nYes.<|im_end|>", "No.", "chosen"),
         ("Yes.", "<|start_header_id|>assistant<|end_header_id|>\n\nNo.", "rejected"),
         ("Yes.", "<start_of_turn>model\nNo.<end_of_turn>", "rejected"),
-        ("Yes.<|end|>", "No.<|end|>", "chosen and rejected"),
+        ("Yes.<|eot_id|>", "No.<|eot_id|>", "chosen and rejected"),
         ("Yes.<end_of_turn>\n", "No.<end_of_turn>\n", "chosen and rejected"),
     ],
 )
@@ -162,6 +162,8 @@ def test_one_end_of_turn(tmp_path, argument, end):
     _, [response, other], _ = encode(tokenizer, "Hi", "Yes." + end, "<|im_end|> ends it")
     assert text_of(tokenizer, response) == "Yes.<|im_end|>"
     assert text_of(tokenizer, other) == "<|im_end|> ends it<|im_end|>"
+    _, both, _ = encode(tokenizer, "Hi", "Yes." + end, "No." + end)
+    assert [text_of(tokenizer, ids) for ids in both] == ["Yes.<|im_end|>", "No.<|im_end|>"]
 
 
 def test_an_answer_of_nothing_is_refused(tmp_path):
