@@ -11,7 +11,7 @@ Decisions about tokens, each of which some trainer got wrong:
 * At most one BOS: the template's own, or without a template the tokenizer's.
 * The prompt ends with the generation prompt. The response is what the model would have to generate
   after it: the content and one end-of-turn token. Whatever the template writes after that token,
-  such as a newline, is left out.
+  such as a newline, is left out. A response that was cut while it was sampled gets no such token.
 * Prompt and response are encoded separately. No merge crosses the boundary, so the prompt has the
   same tokens for every response.
 * A prompt that is too long is cut at its start. It keeps BOS and its end, the generation prompt. A
@@ -39,6 +39,7 @@ class Example(NamedTuple):
     prompt: str | Messages
     responses: tuple[str, ...]
     where: str  # "pairs.jsonl:17", for error messages
+    finished: tuple[bool, ...] = ()  # False: cut while it was sampled; by default all are finished
 
 
 @dataclass(slots=True)
@@ -69,10 +70,12 @@ def encode(
     """
     texts = tokenizer.texts(examples)
     prompts = tokenizer.encode_prompts([prompt for prompt, _ in texts])
-    answers = iter(tokenizer.encode_responses([answer for _, group in texts for answer in group]))
+    finished = [done for e in examples for done in e.finished or [True] * len(e.responses)]
+    answers = [answer for _, group in texts for answer in group]
+    encoded = iter(tokenizer.encode_responses(answers, finished))
     pairs = []
     for example, prompt in zip(examples, prompts):
-        responses = [next(answers) for _ in example.responses]
+        responses = [next(encoded) for _ in example.responses]
         if not prompt:
             counts["dropped: an empty prompt"] += 1
             continue

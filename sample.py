@@ -36,7 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Messages
-from formats.candidates import AnswerFile, Question, in_groups, model_name, read_questions
+from formats import candidates
+from formats.candidates import Answer, AnswerFile, Question, Samples, in_groups, read_questions
 from formats.checkpoint import checkpoint_folder, load, read_config
 from formats.errors import DataError, InputError
 from formats.tokenizer import Tokenizer, read_template
@@ -263,13 +264,13 @@ def respond(
     n: int,
     bar: tqdm,
     **options,
-) -> list[list[list[str]]]:
+) -> list[Samples]:
     """Hold `n` conversations about every question; return [question][sample][turn] → the answer.
 
     first: index of questions[0] among all, which names its streams of random numbers.
     options: as in `decode`.
     """
-    samples: list[list[str]] = [[] for _ in range(len(questions) * n)]
+    samples: Samples = [[] for _ in range(len(questions) * n)]
     asked = [question for question in questions for _ in range(n)]
     turns = range(max(question.turns for question in questions))
     for turn, t in product(turns, sorted({question.temperature for question in questions})):
@@ -285,7 +286,7 @@ def respond(
             answers[index].append(token)
             bar.update(finished)
         for i, ids in zip(indices, answers):
-            samples[i].append(tokenizer.decode(ids))
+            samples[i].append(Answer(tokenizer.decode(ids), ids[-1] in tokenizer.stop_ids))
     return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
@@ -344,7 +345,9 @@ def sample(flags: Flags) -> None:
     """Chat, or answer every prompt and print or write the answers. Raises InputError, OSError."""
     device, dtype = flags.resolve_auto()
     folder = checkpoint_folder(flags.model)
-    tokenizer = Tokenizer(folder, read_template(flags.chat_template))
+    date = flags.date or (None if flags.overwrite else candidates.begun_on(flags.out))
+    tokenizer = Tokenizer(folder, read_template(flags.chat_template), date)
+    flags.date = tokenizer.date
     config = read_config(folder)
     tokenizer.check_fits(config.vocab_size)
     if flags.chat:
@@ -368,15 +371,15 @@ def sample(flags: Flags) -> None:
     answered = answer(model, tokenizer, questions, done, flags)
     if out:
         out.write(answered)
-        return out.finish(model_name(flags.model, flags.generator), tokenizer)
+        return out.finish(candidates.model_name(flags.model, flags.generator), tokenizer)
     for question, samples in answered:
         for (response,) in samples:
-            print(f"{question.text}\n  {response}\n")
+            print(f"{question.text}\n  {response.text}\n")
 
 
 def answer(
     model: Llama, tokenizer: Tokenizer, questions: list[Question], done: int, flags: Flags
-) -> Iterator[tuple[Question, list[list[str]]]]:
+) -> Iterator[tuple[Question, Samples]]:
     """Answer the questions from index `done` on with a progress bar; yield (question, samples)."""
     n = flags.num_samples
     turns = [n * question.turns for question in questions]

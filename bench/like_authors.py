@@ -263,7 +263,7 @@ def pairs_of(family: Family) -> list[Example]:
     if family.ours:
         return examples
     texts = []
-    for i, (messages, (chosen, rejected), where) in enumerate(examples):
+    for i, (messages, (chosen, rejected), where, _) in enumerate(examples):
         prompt = " ".join(message["content"] for message in messages).strip()
         if i % 3:
             word = " " + WORDS[i % len(WORDS)]

@@ -108,21 +108,24 @@ def _texts(examples: list[Example], tokenizer: Tokenizer) -> list[tuple[str, lis
     if not tokenizer.template:
         return tokenizer.texts(examples)
     knows_system = any(word in tokenizer.template for word in ("system", "<|im_start|>"))
-    conversations, locations = [], []
-    for prompt, responses, where in examples:
+    conversations, locations, prompts = [], [], []
+    for prompt, responses, where, _ in examples:
         messages = as_messages(prompt) if isinstance(prompt, str) else prompt
         if isinstance(prompt, str) and prompt.endswith(ASSISTANT_MARK):
             responses = tuple(response.strip() for response in responses)  # as Tokenizer.texts does
         if knows_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": ""}, *messages]
+        prompts.append(messages)
         conversations.append((messages, False))
         conversations += [([{"role": "assistant", "content": r}], False) for r in responses]
         locations += [where] * (1 + len(responses))
     rendered = iter(tokenizer.render(conversations, locations))
     texts, bos = [], tokenizer.special["bos_token"]
-    for example in examples:
+    for example, messages in zip(examples, prompts):
         before = next(rendered)
+        answers = [next(rendered).removeprefix(bos) for _ in example.responses]
+        tokenizer.check_kept(example, messages, before, answers)
         if before.startswith(bos):
             before = before.removeprefix(bos).removeprefix(" ")
-        texts.append((before, [next(rendered).removeprefix(bos) for _ in example.responses]))
+        texts.append((before, answers))
     return texts

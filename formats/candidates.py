@@ -6,12 +6,14 @@
     AnswerFile.write     samples              →  OUT.incomplete
     AnswerFile.finish    OUT.incomplete       →  OUT        once every prompt is answered
 
-A candidate file holds every record of --prompts with its `responses`, and in `generation` the
-settings that they were made with. Add a list of `scores` from any scorer, and train.py trains on
-the best response against the worst (formats/records.py). With --format, `finish` writes the
-answer file of a benchmark instead (formats/benchmarks.py). sample.py decodes.
+A candidate file holds every record of --prompts with its `responses`, in `finished` whether the
+model ended each of them, and in `generation` the settings that they were made with. Add a list of
+`scores` from any scorer, and train.py trains on the best response against the worst
+(formats/records.py). With --format, `finish` writes the answer file of a benchmark instead
+(formats/benchmarks.py). sample.py decodes.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -59,7 +61,7 @@ class Question(NamedTuple):
         """Return the prompt as a terminal shows it: of a conversation, the last message."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
 
-    def next_prompt(self, answers: list[str]) -> tuple[str, str | Messages]:
+    def next_prompt(self, answers: list["Answer"]) -> tuple[str, str | Messages]:
         """Return (location, messages) for the next answer: the prompt, then every turn so far.
 
         A first answer gets the prompt as it is, which may be a string. Error messages name the
@@ -70,12 +72,19 @@ class Question(NamedTuple):
         assert isinstance(self.prompt, list), f"{self.where}: follow-ups need a list of messages"
         messages = list(self.prompt)
         for answer, follow_up in zip(answers, self.follow_ups):
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": answer.text})
             messages.append({"role": "user", "content": follow_up})
         return f"{self.where}, turn {1 + len(answers)}", messages
 
 
-Samples = list[list[str]]  # answers to one question: [sample][turn]
+class Answer(NamedTuple):
+    """Holds what the model answered, and whether it ended its turn or was cut."""
+
+    text: str
+    finished: bool
+
+
+Samples = list[list[Answer]]  # answers to one question: [sample][turn]
 Respond = Callable[[list[Question], int], list[Samples]]  # (group, index of its first question)
 
 
@@ -156,6 +165,15 @@ def in_groups(
         yield from list(zip(group, respond(group, first)))[max(0, done - first) :]
 
 
+def begun_on(out: str | None) -> str | None:
+    """Return the day that the unfinished file of `out` was begun with; None if it tells none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(f"{out}.incomplete", "rb") as file:
+            record: Any = parse_json(file.readline())
+        return record["generation"].get("date")
+    return None
+
+
 @dataclass
 class AnswerFile:
     """Writes OUT: gathers records in OUT.incomplete and renames it when every prompt is answered.
@@ -178,18 +196,19 @@ class AnswerFile:
     def record(self, question: Question, samples: Samples) -> dict:
         """Return the record of a question with its `responses` and `generation` settings added.
 
-        A benchmark gets the samples as they are, [sample][turn]. Candidates have one turn each, so
-        theirs become a flat list.
+        A benchmark gets the texts as they are, [sample][turn]. Candidates have one turn each, so
+        theirs become a flat list, beside which `finished` says which the model has ended.
         """
         record = dict(question.record)
-        responses: list = samples
+        answers: dict[str, list] = {"responses": [[a.text for a in turns] for turns in samples]}
         if not self.benchmark:
-            responses = [answer for (answer,) in samples]
+            answers["responses"] = [text for (text,) in answers["responses"]]
+            answers["finished"] = [answer.finished for (answer,) in samples]
             record["prompt"] = question.prompt  # training needs it, even if read from `messages`
             for stale in ("chosen", "rejected", "scores"):  # they judge other responses than these
                 record.pop(stale, None)
         generation = self.generation | {"temperature": question.temperature}
-        return record | {"responses": responses, "generation": generation}
+        return record | answers | {"generation": generation}
 
     def resume(self, overwrite: bool = False) -> int:
         """Read what an interrupted command has left; return the number of questions it answered.
@@ -225,7 +244,8 @@ class AnswerFile:
         question = self.questions[i]
         try:
             record: Any = parse_json(line)
-            ours = self.record(question, []) | {"responses": record["responses"]}
+            ours = self.record(question, [])
+            ours |= {name: record[name] for name in ("responses", "finished") if name in ours}
             # Compare JSON with JSON: dump has turned dates into strings.
             expected: Any = parse_json(dump(ours).encode())
             for name, value in expected["generation"].items():

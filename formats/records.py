@@ -209,7 +209,9 @@ def parse_record(record: dict, where: str, paired: bool = True) -> tuple[str, Ex
         raise Dropped("an empty response")
     if chosen == rejected:
         raise Dropped("chosen equal to rejected")
-    return kind, example if paired else example._replace(responses=(chosen,))
+    if not paired:
+        example = example._replace(responses=(chosen,), finished=example.finished[:1])
+    return kind, example
 
 
 def _parse_single(record: dict, fields: set[str], where: str) -> tuple[str, Example]:
@@ -277,7 +279,14 @@ def _from_candidates(record: dict, where: str) -> Example:
     if best == worst:
         raise Dropped("candidates that all score the same")
     texts = tuple(_response(responses[i], where, f"responses[{i}]") for i in (best, worst))
-    return Example(check_prompt(record["prompt"], where), texts, where)
+    finished = record.get("finished")
+    if finished is None:
+        return Example(check_prompt(record["prompt"], where), texts, where)
+    known = isinstance(finished, list) and len(finished) == len(responses)
+    if not known or not all(isinstance(done, bool) for done in finished):
+        raise DataError(f"{where}: finished: expected true or false for every response")
+    prompt, ends = check_prompt(record["prompt"], where), (finished[best], finished[worst])
+    return Example(prompt, texts, where, ends)
 
 
 # --------------------------------------------------------------------------------------------------

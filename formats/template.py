@@ -7,7 +7,7 @@ over. No list of forbidden operations is complete, so the kernel limits CPU time
 child process. The child starts once, renders for all callers, can write no file and ends with its
 parent.
 
-    parent → child   length, marshal of (source, variables, conversations)
+    parent → child   length, marshal of (source, variables, conversations, date)
     child → parent   per conversation, once rendered: kind, length, UTF-8 text
 
 This file imports nothing of ours, because the child runs it as a script and must start fast. The
@@ -52,15 +52,23 @@ class TemplateFailure(Exception):
 # --------------------------------------------------------------------------------------------------
 # The parent
 
+
+def today() -> str:
+    """Return the day, YYYY-MM-DD."""
+    return datetime.now().date().isoformat()
+
+
 _child: subprocess.Popen | None = None
 _one_at_a_time = threading.Lock()
 
 
-def render(source: str, variables: dict[str, str], conversations: Conversations) -> list[str]:
+def render(
+    source: str, variables: dict[str, str], conversations: Conversations, date: str | None = None
+) -> list[str]:
     """Return the rendered text of every conversation, in order.
 
     `source` is the template in jinja2's language, `variables` are the special tokens that it may
-    use by name.
+    use by name. `date` is what `strftime_now` tells, YYYY-MM-DD; by default today.
 
     Raises:
         TemplateFailure: the template does not compile, fails, or exceeds a limit.
@@ -69,7 +77,7 @@ def render(source: str, variables: dict[str, str], conversations: Conversations)
         child, requests, answers = _running_child()
         texts: list[str] = []
         try:
-            request = marshal.dumps((source, variables, conversations))
+            request = marshal.dumps((source, variables, conversations, date))
             requests.write(len(request).to_bytes(LENGTH) + request)
             requests.flush()
             kind = TEXT
@@ -124,11 +132,12 @@ def _read_answer(pipe: IO[bytes]) -> tuple[int, str]:
 # --------------------------------------------------------------------------------------------------
 # The child
 
-NOW = datetime.now()  # fixed, so that prompt and answered prompt agree even over midnight
 
+def compile_template(source: str, date: str | None):
+    """Compile a template in jinja2's sandbox, with everything that transformers offers to one.
 
-def compile_template(source: str):
-    """Compile a template in jinja2's sandbox, with everything that transformers offers to one."""
+    The clock stands at the start of `date`, so that a run and its resumption tell the same time.
+    """
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
@@ -165,7 +174,8 @@ def compile_template(source: str):
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = NOW.strftime
+    now = datetime.fromisoformat(date or today())
+    environment.globals["strftime_now"] = now.strftime
     environment.globals["dict"] = new_dict
     return environment.from_string(source)
 
@@ -176,15 +186,15 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     A template that fails ends its request: its answer is the last one.
     """
     template: Any = None  # of the previous request, which usually had the same
-    compiled_source = None
+    compiled = None  # its source and date
     while size := int.from_bytes(requests.read(LENGTH)):
-        source, variables, conversations = marshal.loads(requests.read(size))
+        source, variables, conversations, date = marshal.loads(requests.read(size))
         _allow_cpu_seconds(cpu_seconds(len(conversations)))
         failure = INVALID
         for messages, generation_prompt in conversations:
             try:
-                if source != compiled_source:
-                    template, compiled_source = compile_template(source), source
+                if compiled != (source, date):
+                    template, compiled = compile_template(source, date), (source, date)
                 failure = REFUSED
                 text = _render_one(template.render, messages, generation_prompt, variables)
                 kind = TEXT

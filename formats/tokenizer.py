@@ -9,6 +9,7 @@ decisions about them; `Tokenizer` carries them out:
     _learn_end_of_turn                  the response ends with the end-of-turn token
     encode_responses                    no merge crosses from prompt to response
     render                              the template runs in a sandbox, formats/template.py
+    check_kept                          its text says what the record says, formats/fidelity.py
 
 Read data.py next: `encode` cuts the ids of an `Example` to length and makes a `Pair` of them.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 import tokenizers
 
 from data import Example, Messages
-from formats import template
+from formats import fidelity, special_tokens, template
 from formats.errors import DataError
 from formats.files import read_json, reading
 from formats.records import ASSISTANT_MARK
@@ -75,15 +76,19 @@ class Tokenizer:
         bos_ids: `bos_id` and the id of "bos_token", whichever exist.
         stop_ids: all tokens that end a turn.
         end_id: the one of them that ends every response in training.
+        end_texts: the texts of `stop_ids`.
         template: jinja2 source, or None for plain text.
         tail: the text that the template adds after an assistant message, from the end of turn on.
+        marks: how the template opens a turn, and the generation prompt; see formats/fidelity.py.
+        date: the day that the template gets if it asks for one, else None.
     """
 
-    def __init__(self, folder: Path, chat_template: str | None = None):
+    def __init__(self, folder: Path, chat_template: str | None = None, date: str | None = None):
         """Read the tokenizer of a checkpoint folder.
 
         `chat_template` is jinja2 source that replaces the checkpoint's own template. "" stands for
-        plain text without a template; then EOS ends a response.
+        plain text without a template; then EOS ends a response. `date` is what a template gets
+        that asks for the day, YYYY-MM-DD; by default today.
 
         Raises:
             DataError: a file is missing or damaged, the template does not compile, or nothing
@@ -92,7 +97,10 @@ class Tokenizer:
         self.folder = folder
         self._load_backend(folder / "tokenizer.json")
         settings = self._read_json("tokenizer_config.json")
-        self.special = self._special_tokens(settings)
+        names = ("special_tokens_map.json", "added_tokens.json")
+        told = {"tokenizer_config.json": settings} | {n: self._read_json(n) for n in names}
+        special_tokens.check(folder, told, self._added_tokens(), self._id_of_one_token)
+        self.special = self._special_tokens(told["special_tokens_map.json"] | settings)
         named_bos = self._id(self.special.get("bos_token"))
         self.bos_ids = {i for i in (self.bos_id, named_bos) if i is not None}
         self.stop_ids = self._stop_ids()
@@ -103,8 +111,11 @@ class Tokenizer:
         else:
             self.template_file, source = "--chat-template", chat_template
         self.template = source or None
+        asks = "strftime_now" in source
+        self.date = (date or template.today()) if asks else None
 
         self.tail = ""
+        self._kept_roles: set[tuple[str, ...]] = set()  # of which the template keeps all messages
         eos = self._id(self.special.get("eos_token"))
         if self.template:
             self.tail, self.end_id = self._learn_end_of_turn(eos)
@@ -114,6 +125,8 @@ class Tokenizer:
         else:
             files = "generation_config.json, config.json, tokenizer_config.json or the template"
             raise DataError(f"{folder}: no end-of-sequence token: none in {files}")
+        texts = (self.backend.id_to_token(i) for i in self.stop_ids)
+        self.end_texts = tuple(text for text in texts if text)
 
     # -- reading the folder
 
@@ -155,30 +168,46 @@ class Tokenizer:
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
 
-    def _special_tokens(self, settings: dict) -> dict[str, str]:
-        """Collect the texts of special tokens.
+    def _id_of_one_token(self, text: str) -> int | None:
+        """Return the id of a text that the tokenizer encodes as one token, None for any other."""
+        number = self._id(text)
+        with self._library():
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        return number if ids == [number] else None
 
-        `settings` has precedence over special_tokens_map.json.
-        """
-        merged = self._read_json("special_tokens_map.json") | settings
+    def _added_tokens(self) -> dict[str, dict]:
+        """Return "id" and flags of each added token; `normalized` only if something normalizes."""
+        normalizes = self.backend.normalizer is not None
+        flags = [f for f in special_tokens.FLAGS if f != "normalized" or normalizes]
+        return {
+            token.content: {"id": i} | {flag: getattr(token, flag) for flag in flags}
+            for i, token in self.backend.get_added_tokens_decoder().items()
+        }
+
+    def _special_tokens(self, merged: dict) -> dict[str, str]:
+        """Collect the texts of special tokens by their names, such as "bos_token"."""
         named = {key: value for key, value in merged.items() if key.endswith("_token")}
-        texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
-        return {key: text for key, text in texts.items() if isinstance(text, str)}
+        texts = {key: special_tokens.text_of(value) for key, value in named.items()}
+        return {key: text for key, text in texts.items() if text is not None}
 
     def _stop_ids(self) -> set[int]:
         """Collect `eos_token_id` of both config files, and the id of "eos_token".
 
         `eos_token_id` is absent, a number or a list; Llama 3 Instruct lists 128001 and 128009.
+        Raises DataError if it, or `bos_token_id`, is no token of the tokenizer.
         """
-        ids = {self._id(self.special.get("eos_token"))}
+        found = {self._id(self.special.get("eos_token"))}
         for name in ("generation_config.json", "config.json"):
-            eos = self._read_json(name).get("eos_token_id")
-            for i in eos if isinstance(eos, list) else [eos]:
-                if i is not None and (not isinstance(i, int) or i not in range(self.size)):
-                    path = self.folder / name
-                    raise DataError(f"{path}: eos_token_id: {i!r} is not a token of the tokenizer")
-                ids.add(i)
-        return {i for i in ids if i is not None}
+            content = self._read_json(name)
+            for key in ("bos_token_id", "eos_token_id"):
+                ids = content.get(key)
+                for i in ids if isinstance(ids, list) else [ids]:
+                    known = type(i) is int and 0 <= i < self.size and self.backend.id_to_token(i)
+                    if i is not None and not known:
+                        problem = f"{key}: {i!r} is not a token of the tokenizer"
+                        raise DataError(f"{self.folder / name}: {problem}")
+                    found |= {i} if key == "eos_token_id" else set()
+        return {i for i in found if i is not None}
 
     def _bos_id(self) -> int | None:
         """Return the token that the tokenizer would put before a text.
@@ -220,6 +249,10 @@ class Tokenizer:
     def _own_template(self, settings: dict) -> tuple[str, str]:
         """Find the checkpoint's template: (where, source). The source is "" if it has none."""
         path = self.folder / "chat_template.jinja"
+        more = sorted(self.folder.glob("additional_chat_templates/*.jinja"))
+        if more and (not path.exists() or "default.jinja" in [file.name for file in more]):
+            problem = f"the default template must be in {path.name} alone"
+            raise DataError(f"{more[0].parent}: holds further templates; {problem}")
         if path.exists():
             return str(path), read_template(str(path)) or ""
         file, source = "tokenizer_config.json", settings.get("chat_template")
@@ -270,7 +303,7 @@ class Tokenizer:
         """
         assert self.template, "there is no chat template"
         try:
-            return template.render(self.template, self.special, conversations)
+            return template.render(self.template, self.special, conversations, self.date)
         except template.TemplateFailure as e:
             if e.number is None:
                 problem = f"the chat template does not compile: {e}"
@@ -287,8 +320,12 @@ class Tokenizer:
         content = "The content of this message."
         question = {"role": "user", "content": "Hello"}
         answer = {"role": "assistant", "content": content}
-        [turn] = self.render([([question, answer], False)], [str(self.folder)])
+        conversations = [([question, answer], False), ([question], True), ([question], False)]
+        turn, asked, alone = self.render(conversations, [str(self.folder)] * 3)
         tail = turn.rpartition(content)[2]
+        turn = turn.strip().removeprefix(self.special.get("bos_token", ""))
+        cue = asked[len(alone) :].strip() if asked.startswith(alone) else ""
+        self.marks = fidelity.header_of(turn), cue
         with self._library():
             ids = self.backend.encode(tail, add_special_tokens=False).ids
         added = self.backend.get_added_tokens_decoder()
@@ -316,26 +353,34 @@ class Tokenizer:
 
         Raises:
             DataError: a prompt is a list of messages, but there is no chat template. Also if the
-                template refuses an example, or renders its prompt in another way once answered.
+                template refuses an example, or renders its prompt in another way once answered, or
+                if formats/fidelity.py finds that it does not say what the example says.
         """
         if not self.template:
             return [self._plain_text(example) for example in examples]
         conversations: template.Conversations = []
         locations: list[str] = []
-        for prompt, responses, where in examples:
+        prompts: list[Messages] = []
+        for example in examples:
+            prompt, responses = example.prompt, example.responses
             if isinstance(prompt, str):
                 # the answer to a transcript is stripped, as its earlier turns are
                 if prompt.endswith(ASSISTANT_MARK):
                     responses = tuple(response.strip() for response in responses)
                 prompt = as_messages(prompt)
+            bare = tuple(map(self._without_end, responses))
+            if any(r.strip() and not text.strip() for r, text in zip(responses, bare)):
+                raise DataError(f"{example.where}: a response is an end of turn and nothing else")
+            fidelity.check_unrendered(example._replace(responses=bare), prompt, *self.marks)
+            prompts.append(prompt)
             conversations.append((prompt, True))
             for response in responses:
                 answer = {"role": "assistant", "content": response}
                 conversations.append(([*prompt, answer], False))
-            locations += [where] * (1 + len(responses))
+            locations += [example.where] * (1 + len(responses))
         rendered = iter(self.render(conversations, locations))
         texts = []
-        for example in examples:
+        for example, prompt in zip(examples, prompts):
             before = next(rendered)
             answered = list(itertools.islice(rendered, len(example.responses)))
             if not all(text.startswith(before) for text in answered):
@@ -343,8 +388,29 @@ class Tokenizer:
                 unclear = "so the response cannot be told from it"
                 raise DataError(f"{example.where}: the chat template {problem}, {unclear}")
             ends = [text[len(before) :].removesuffix(self.tail) for text in answered]
+            self.check_kept(example, prompt, before, ends)
             texts.append((before, ends))
         return texts
+
+    def check_kept(
+        self, example: Example, prompt: Messages, before: str, answers: list[str]
+    ) -> None:
+        """Check with formats/fidelity.py that the template keeps all that the record says.
+
+        `prompt` are the example's messages, `before` their text, `answers` that of the responses.
+        """
+        fidelity.check_known(example, prompt, self.template or "", self.template_file)
+        fidelity.check_kept(example, prompt, before, answers, self.template_file)
+        roles = tuple(message["role"] for message in prompt)
+        if roles in self._kept_roles:
+            return
+        marked = [{"role": role, "content": f"({i + 1}§{i})"} for i, role in enumerate(roles)]
+        try:
+            [text] = self.render([(marked, True)], [example.where])
+        except DataError:  # the template wants other contents in these roles
+            return
+        fidelity.check_roles(example, marked, text, self.template_file)
+        self._kept_roles.add(roles)
 
     def _plain_text(self, example: Example) -> tuple[str, list[str]]:
         """Split an example without a template. Raises DataError if its prompt is not a string."""
@@ -367,11 +433,26 @@ class Tokenizer:
             return encoded
         return [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in encoded]
 
-    def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """Encode response texts, each with `end_id` at its end."""
+    def encode_responses(
+        self, texts: list[str], finished: list[bool] | None = None
+    ) -> list[list[int]]:
+        """Encode response texts, each with `end_id` once at its end.
+
+        An end-of-turn token that a text itself ends with is that one, as the model could not write
+        a second. finished: False for a response that was cut while it was sampled. It gets no
+        `end_id`, which the model never wrote.
+        """
+        texts = [self._without_end(text) for text in texts]
         with self._library():
             encodings = self.response_backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [encoding.ids + [self.end_id] for encoding in encodings]
+        ends = [[self.end_id] if done else [] for done in finished or [True] * len(texts)]
+        return [encoding.ids + end for encoding, end in zip(encodings, ends)]
+
+    def _without_end(self, text: str) -> str:
+        """Return a text without the end-of-turn tokens at its end."""
+        while (bare := text.rstrip()).endswith(self.end_texts):
+            text = next(bare.removesuffix(e) for e in self.end_texts if bare.endswith(e))
+        return text
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without special tokens."""

@@ -5,9 +5,11 @@ Read formats/records.py and formats/tokenizer.py next: `load_pairs` spreads thei
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 
 from data import Example, Pair, batches
 from formats import hub, records
-from formats.authors import encoder
+from formats.authors import Encoder, encoder
 from formats.checkpoint import Weights, checkpoint_folder, read_config
 from formats.errors import DataError
 from formats.tokenizer import Tokenizer, read_template
@@ -23,6 +25,7 @@ from methods.objectives import OBJECTIVES
 from model import Config, Llama
 from runtime.processes import agree, multiplies_bf16, on_every_rank, print0, progress, slice_of
 from runtime.settings import Settings
+from runtime.show import show_records
 
 
 @dataclass
@@ -50,6 +53,7 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
         DataError, CheckpointError: something cannot be used; the same error on every rank.
     """
     source, config, weights, tokenizer = agree(lambda: open_model(settings))
+    settings.date = tokenizer.date  # part of what must match on resume, if the template asks for it
     if settings.dtype == "bf16" and not multiplies_bf16(device):
         faster = "--dtype fp32 is several times as fast"
         print0(f"warning: this CPU has no bfloat16 arithmetic; {faster}")
@@ -69,7 +73,7 @@ def open_model(settings: Settings) -> tuple[Path, Config, Weights, Tokenizer]:
     """Return the checkpoint folder and what is read from it before any memory is spent."""
     source = checkpoint_folder(settings.model)
     config, weights = read_config(source), Weights(source)
-    tokenizer = Tokenizer(source, read_template(settings.chat_template))
+    tokenizer = Tokenizer(source, read_template(settings.chat_template), settings.date)
     tokenizer.check_fits(config.vocab_size)
     return source, config, weights, tokenizer
 
@@ -84,34 +88,77 @@ def load_pairs(
     Raises:
         DataError: a record is malformed, or no pair is left. Every rank raises the same error.
     """
-    examples, counts, first_dropped = agree(lambda: read_examples(name, settings))
-    encode = encoder(settings.like_authors)
+    examples, counts, first_dropped, refused = agree(lambda: read_examples(name, settings))
+    limits = settings.max_length, settings.max_prompt_length
+    encode = partial(encode_usable, encoder(settings.like_authors), tokenizer, limits)
 
-    def encode_slice() -> tuple[list[Pair], Counter]:
-        mine, cut = slice_of(examples), Counter[str]()
+    def encode_slice() -> tuple[list[Pair], Counter, list[str]]:
+        mine, cut, skipped = slice_of(examples), Counter[str](), list[str]()
         pairs: list[Pair] = []
         for i in progress(range(0, len(mine), 256), f"tokenizing {name}"):
-            lengths = settings.max_length, settings.max_prompt_length
-            pairs += encode(mine[i : i + 256], tokenizer, *lengths, cut)
-        return pairs, cut
+            pairs += encode(mine[i : i + 256], cut, skipped if settings.skip_unusable else None)
+        return pairs, cut, skipped
 
     pairs: list[Pair] = []
-    for part, cut in on_every_rank(encode_slice):
+    for part, cut, skipped in on_every_rank(encode_slice):
         pairs += part
         counts += cut
+        refused += skipped
+    if refused:
+        counts["dropped: unusable"] = len(refused)
+        first_dropped += f"; the first unusable, {refused[0]}"
+    if len(refused) > settings.skip_unusable * counts["records"]:
+        share = f"--skip-unusable {settings.skip_unusable:g}"
+        many = f"{len(refused)} of {counts['records']} records cannot be used"
+        raise DataError(f"{name}: {many}, more than {share}: the first, {refused[0]}")
     # "12 records", but "format: messages (12)": a key with a colon names one kind of several
     parts = [f"{what} ({n})" if ":" in what else f"{n} {what}" for what, n in counts.items()]
     summary = ", ".join(parts)
     if not pairs:
         raise DataError(f"{name}: nothing to learn from: {summary or 'it is empty'}{first_dropped}")
     print0(f"{name}: {summary}{first_dropped}")
+    warn_of_large_shares(name, examples, counts, tokenizer, settings)
     return pairs, dict(counts) | {"used": len(pairs)}
 
 
-def read_examples(name: str, settings: Settings) -> tuple[list[Example], Counter, str]:
-    """Parse all records; count formats and dropped records, and quote the first dropped one."""
+def encode_usable(
+    encode: Encoder,
+    tokenizer: Tokenizer,
+    limits: tuple[int, int],
+    examples: list[Example],
+    counts: Counter,
+    refused: list[str] | None,
+) -> list[Pair]:
+    """Encode examples together, or one by one if some cannot be used.
+
+    Their errors are added to `refused`, so that one refused conversation takes no other with it.
+
+    Raises:
+        DataError: an example cannot be used, and `refused` is None.
+    """
+    try:
+        return encode(examples, tokenizer, *limits, counts)
+    except DataError as e:
+        if refused is None:
+            raise
+        if len(examples) == 1:
+            refused.append(str(e))
+            return []
+    alone = partial(encode_usable, encode, tokenizer, limits)
+    return [pair for example in examples for pair in alone([example], counts, refused)]
+
+
+def read_examples(name: str, settings: Settings) -> tuple[list[Example], Counter, str, list[str]]:
+    """Parse all records; count formats and dropped records, and quote the first dropped one.
+
+    The last value lists the errors of the records that `--skip-unusable` leaves out. A line that is
+    no JSON object is none of them: the file is damaged.
+
+    Raises:
+        DataError: a record is malformed, and `--skip-unusable` is 0.
+    """
     counts: Counter = Counter()
-    examples, first_dropped = [], ""
+    examples, first_dropped, refused = [], "", []
     paired = OBJECTIVES[settings.objective].responses == 2
     for where, record in records.read_records(name):
         counts["records"] += 1
@@ -122,7 +169,51 @@ def read_examples(name: str, settings: Settings) -> tuple[list[Example], Counter
         except records.Dropped as e:
             counts[f"dropped: {e}"] += 1
             first_dropped = first_dropped or f"; the first, {where}: {e}"
-    return examples, counts, first_dropped
+        except DataError as e:
+            if not settings.skip_unusable:
+                raise
+            refused.append(str(e))
+    return examples, counts, first_dropped, refused
+
+
+LARGE = 0.1  # share of records, prompts or responses that is worth a warning
+LOOK_AT = 2000  # examples that a recommended limit is measured on
+
+
+def warn_of_large_shares(
+    name: str, examples: list[Example], counts: Counter, tokenizer: Tokenizer, settings: Settings
+) -> None:
+    """Warn if a tenth of the responses or prompts was cut, or of the records was dropped."""
+    dropped = Counter({what: n for what, n in counts.items() if what.startswith("dropped: ")})
+    if (many := dropped.total()) >= LARGE * counts["records"] > 0:
+        reason = dropped.most_common(1)[0][0].removeprefix("dropped: ")
+        share = f"{many / counts['records']:.0%} of the records are dropped"
+        print0(f"warning: {name}: {share}, most of them for this reason: {reason}")
+    responses = sum(len(example.responses) for example in examples)
+    answers_cut = counts["responses cut at their end"] / max(1, responses)
+    prompts_cut = counts["prompts cut at their start"] / max(1, len(examples))
+    if max(answers_cut, prompts_cut) < LARGE:
+        return
+    sample = examples[:: math.ceil(len(examples) / LOOK_AT)]
+    encode, unlimited = encoder(settings.like_authors), (2**40, 2**40 - 1)
+    whole = encode_usable(encode, tokenizer, unlimited, sample, Counter(), [])
+    if not whole:
+        return
+    prompt = percentile([len(pair.prompt) for pair in whole])
+    if prompts_cut >= LARGE:
+        lost = f"{prompts_cut:.0%} of the prompts are cut at their start, the system message first"
+        print0(f"warning: {name}: {lost}; --max-prompt-length {prompt} would keep 95 % whole")
+    if answers_cut >= LARGE:
+        most = prompt if prompts_cut >= LARGE else settings.max_prompt_length
+        lengths = [min(len(p.prompt), most) + len(r) for p in whole for r in p.responses]
+        flags = f"--max-length {percentile(lengths)} --max-prompt-length {most}"
+        lost = f"{answers_cut:.0%} of the responses are cut at their end, which leaves them without"
+        print0(f"warning: {name}: {lost} an end of turn to learn; {flags} would keep 95 % whole")
+
+
+def percentile(lengths: list[int], share: float = 0.95) -> int:
+    """Return the smallest of the lengths that at least this share of them do not exceed."""
+    return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
 
 
 def warn_of_long_pairs(pairs: list[Pair], positions: int) -> None:
@@ -147,7 +238,7 @@ def all_steps(count: int, settings: Settings) -> Iterator[np.ndarray]:
 
 
 def dry_run(settings: Settings) -> None:
-    """Print every setting that has a value, and what this machine knows of model and data.
+    """Print every setting that has a value, what this machine knows of model and data, and a pair.
 
     Nothing is downloaded.
 
@@ -160,7 +251,7 @@ def dry_run(settings: Settings) -> None:
     template, tokenizer = read_template(settings.chat_template), None
     if "model" not in missing:
         source = Path(settings.model).expanduser()
-        config, tokenizer = read_config(source), Tokenizer(source, template)
+        config, tokenizer = read_config(source), Tokenizer(source, template, settings.date)
         tokenizer.check_fits(config.vocab_size)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Llama(config).parameters())
@@ -179,6 +270,9 @@ def dry_run(settings: Settings) -> None:
         if values[f.name] is not None:
             flag, note = f.name.replace("_", "-"), notes.get(f.name, "")
             print0(f"  {flag:26}{values[f.name]!s:58}{note}".rstrip())
+    if tokenizer and "data" not in missing:
+        print0("\nthe first record, as the model will see it")
+        show_records(settings, tokenizer, 1)
 
 
 def _note_of_data(name: str, tokenizer: Tokenizer | None, settings: Settings) -> str:

@@ -38,7 +38,7 @@ from formats.hub import at_hand
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, Llama, train_flops
-from runtime.inputs import all_steps, read_examples
+from runtime.inputs import all_steps, encode_usable, read_examples
 from runtime.settings import PlanOptions, Settings
 
 GIB = 2**30
@@ -404,11 +404,12 @@ def assumed_pairs(
 
 def sampled_pairs(settings: Settings, folder: Path) -> tuple[list[Pair], int | None, str]:
     """Read the data, count its pairs and tokenize the first ones."""
-    tokenizer = Tokenizer(folder, read_template(settings.chat_template))
+    tokenizer = Tokenizer(folder, read_template(settings.chat_template), settings.date)
     examples = read_examples(settings.data, settings)[0]
     limits = settings.max_length, settings.max_prompt_length
     encode, count = encoder(settings.like_authors), len(examples)
-    pairs = encode(examples[:SAMPLE], tokenizer, *limits, Counter())
+    refused: list[str] | None = [] if settings.skip_unusable else None
+    pairs = encode_usable(encode, tokenizer, limits, examples[:SAMPLE], Counter(), refused)
     if not pairs:
         raise DataError(f"{settings.data}: holds nothing to train on")
     seen = f"the first {SAMPLE:,} of {count:,}" if count > SAMPLE else f"all {count:,}"

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from data import Pair
-from formats import checkpoint
+from formats import checkpoint, template
 from formats.errors import CheckpointError, InputError
 from formats.files import read_json
 from methods.objectives import OBJECTIVES
@@ -58,7 +58,7 @@ class Run:
     """Owns one run and its output folder; an interrupted run resumes in the same folder."""
 
     def __init__(self, settings: Settings, device: torch.device):
-        """Check the output folder before anything is read.
+        """Check the output folder before anything is read. Sets `settings.date`.
 
         Raises:
             FileExistsError: see `check_output_folder`.
@@ -66,6 +66,7 @@ class Run:
         self.settings, self.device = settings, device
         self.files = contextlib.ExitStack()  # closed, and OUT unlocked, however the run ends
         on_rank_0(lambda: check_output_folder(settings))
+        settings.date = on_rank_0(lambda: settings.date or day_of_run(settings))
 
     def __enter__(self) -> "Run":
         return self
@@ -322,6 +323,19 @@ def _restarted_run() -> Path | None:
             if ours and not (path.parent / "model").exists():
                 found = path.parent
     return found
+
+
+def day_of_run(settings: Settings) -> str:
+    """Return the day on which the run to resume began, YYYY-MM-DD; for a new run, today."""
+    out = Path(settings.out) if settings.out else _restarted_run()
+    unfinished = out and not (out / "model").exists()
+    newest = next(reversed(resume.checkpoints(out)), None) if out and unfinished else None
+    path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
+    with contextlib.suppress(CheckpointError):  # `resume.find_checkpoint` will report it
+        identity = read_json(path / "state.json", CheckpointError).get("identity") if path else {}
+        if isinstance(identity, dict) and isinstance(day := identity.get("date"), str):
+            return day
+    return template.today()
 
 
 def _new_folder(objective: str) -> Path:

@@ -11,7 +11,7 @@ import torch
 from formats.benchmarks import BENCHMARKS, Benchmark
 from formats.candidates import SETTINGS
 from formats.errors import DataError
-from runtime.settings import ROOT, option
+from runtime.settings import ROOT, is_date, option
 
 TOY = ROOT / "toy" / "checkpoint"
 USAGE = "sample.py [--flag value ...]     (--help explains every flag)"
@@ -31,6 +31,12 @@ class Flags:
         None,
         "file with a jinja2 chat template instead of the checkpoint's; 'none' for plain text",
         metavar="FILE",
+    )
+    date: str | None = option(
+        None,
+        "the day that a chat template gets if it asks for one, YYYY-MM-DD; default: today, or that "
+        "of the unfinished --out",
+        metavar="DATE",
     )
     prompt: list[str] = option([], "a prompt; may be given several times", metavar="TEXT")
     prompts: str | None = option(
@@ -97,6 +103,8 @@ class Flags:
 
     def problem(self) -> str | None:
         """Return the first conflict between two flags, in words; None if there is none."""
+        if self.date and not is_date(self.date):
+            return f"--date {self.date}: expected a day as YYYY-MM-DD"
         if self.num_samples > 1 and not self.temperature:
             return "--num-samples needs a --temperature above 0: greedy samples are all the same"
         if self.chat and (self.prompt or self.prompts or self.out):
@@ -138,4 +146,5 @@ class Flags:
     @property
     def generation(self) -> dict:
         """Return the settings that shape an answer, by name, for a candidate file's records."""
-        return {name: getattr(self, name) for name in SETTINGS}
+        values = {name: getattr(self, name) for name in SETTINGS}
+        return values | ({"date": self.date} if self.date else {})

@@ -7,6 +7,7 @@ file, and the file overrides the defaults. `PlanOptions` is a second table, for 
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import importlib.util
 import math
@@ -118,6 +119,20 @@ class Settings:
         "longest prompt, in tokens; a longer one is cut at its start; default: 1800 of 2048, or "
         "the same share of another --max-length",
         above=0,
+    )
+    date: str | None = option(
+        None,
+        "the day that a chat template gets if it asks for one, YYYY-MM-DD; default: today, and on "
+        "resume the day on which the run began",
+        metavar="DATE",
+    )
+    skip_unusable: float = option(
+        0.0,
+        "drop and count records that cannot be used, up to this share of all; 0: stop at the first",
+        least=0,
+        below=1,
+        metavar="SHARE",
+        may_change=True,
     )
     like_authors: bool = option(
         False,
@@ -357,6 +372,8 @@ class Settings:
                 return f"{_flag(name)}: not a setting of {self.objective}, but of {others}"
         if self.like_authors and OBJECTIVES[self.objective].responses != 2:
             return f"--like-authors: their trainer takes pairs, and {self.objective} has none"
+        if self.date and not is_date(self.date):
+            return f"--date {self.date}: expected a day as YYYY-MM-DD"
         if self.max_prompt_length >= self.max_length:
             prompt = f"--max-prompt-length {self.max_prompt_length}"
             return f"{prompt} leaves no room for a response in --max-length {self.max_length}"
@@ -511,6 +528,14 @@ def read_toml(path: Path) -> dict:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def is_date(text: str) -> bool:
+    """Return True if a text is a day of the calendar, written YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _types(table: type) -> dict[str, type]:

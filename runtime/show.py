@@ -13,6 +13,7 @@ from data import Pair
 from formats import hub, records
 from formats.authors import encoder
 from formats.checkpoint import COMPANIONS, check_folder
+from formats.errors import DataError
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from runtime.processes import print0
@@ -31,18 +32,32 @@ def show(settings: Settings) -> None:
     """
     folder = hub.local_path(settings.model, "model", COMPANIONS)  # everything but the weights
     check_folder(folder, COMPANIONS)
-    tokenizer = Tokenizer(folder, read_template(settings.chat_template))
+    tokenizer = Tokenizer(folder, read_template(settings.chat_template), settings.date)
+    show_records(settings, tokenizer, settings.show)
+
+
+def show_records(settings: Settings, tokenizer: Tokenizer, count: int) -> None:
+    """Print the pairs of the first `count` records of the training data.
+
+    Raises:
+        DataError: a record cannot be used, and `--skip-unusable` is 0.
+    """
     encode = encoder(settings.like_authors)
     limits = settings.max_length, settings.max_prompt_length
     paired = OBJECTIVES[settings.objective].responses == 2
-    for where, record in itertools.islice(records.read_records(settings.data), settings.show):
+    for where, record in itertools.islice(records.read_records(settings.data), count):
+        counts: Counter = Counter()
         try:
             kind, example = records.parse_record(record, where, paired)
+            pairs = encode([example], tokenizer, *limits, counts)
         except records.Dropped as e:
             print0(f"{where}: dropped: {e}\n")
             continue
-        counts: Counter = Counter()
-        pairs = encode([example], tokenizer, *limits, counts)
+        except DataError as e:
+            if not settings.skip_unusable:
+                raise
+            print0(f"dropped: unusable: {e}\n")
+            continue
         whole = encode([example], tokenizer, UNLIMITED, UNLIMITED - 1, Counter())
         if not pairs:
             print0(f"{where}: {'; '.join(reason for reason, n in counts.items() if n)}\n")

@@ -296,7 +296,7 @@ def open_policy(name: str, flags: argparse.Namespace) -> tuple[Path, Settings]:
 def score_checkpoint(source: Path, name: str, settings: Settings) -> tuple[Tensor, Tensor]:
     """Apply `score_pairs` to a checkpoint folder and the pairs named `name`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer(source, read_template(settings.chat_template))
+    tokenizer = Tokenizer(source, read_template(settings.chat_template), settings.date)
     tokenizer.check_fits(checkpoint.read_config(source).vocab_size)
     assert settings.max_prompt_length  # Settings derives it from max_length
     lengths = settings.max_length, settings.max_prompt_length
@@ -322,7 +322,7 @@ def score_policy(
     reference = None
     if OBJECTIVES[settings.objective].needs_reference:
         s = settings
-        key = (s.model, s.chat_template, s.max_length, s.max_prompt_length, s.like_authors)
+        key = (s.model, s.chat_template, s.date, s.max_length, s.max_prompt_length, s.like_authors)
         if key not in references:
             assert s.model  # see open_policy
             folder = checkpoint.checkpoint_folder(s.model)

@@ -773,7 +773,7 @@ def test_what_templates_use(tmp_path, template, expected):
     """A template that works in transformers works here, with the same result."""
     end = "{% if not add_generation_prompt %}</s>{% endif %}"
     tokenizer = byte_level_tokenizer(tmp_path, template + end)
-    assert tokenizer.prompt_text([user("Hi")], "") == expected
+    assert tokenizer.render([([user("Hi")], True)], [""]) == [expected]
 
 
 @pytest.mark.parametrize("template, expected", FEATURES)

@@ -256,6 +256,7 @@ def test_prompts_from_records(command):
     assert command(*flags.split())[0] == 0
     answers = read_jsonl("answers.jsonl")
     responses = [answer.pop("responses") for answer in answers]
+    assert all(answer.pop("finished") == [True] for answer in answers)
     assert all(answer.pop("generation")["max_new_tokens"] == 40 for answer in answers)
     assert answers == [
         record | {"prompt": record.get("prompt", record.get("messages"))} for record in ASKED
@@ -285,7 +286,7 @@ def test_prompts_from_text(command):
     asked = ["", FOX, f"{OWL}\x0c\u2028again", ""]
     assert [answer.split("\n  ")[0] for answer in out.split("\n\n")] == asked
     command("--prompts", "asked.txt", "--out", "answers.jsonl", "--max-new-tokens", "40")
-    keys = ["prompt", "responses", "generation"]
+    keys = ["prompt", "responses", "finished", "generation"]
     assert [list(answer) for answer in read_jsonl("answers.jsonl")] == [keys] * 2
 
 

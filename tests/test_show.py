@@ -52,6 +52,23 @@ def test_what_was_cut_and_dropped_is_said(monkeypatch, capsys, tmp_path):
     assert "pairs.jsonl:2: dropped: chosen equal to rejected" in out
 
 
+def test_a_dry_run_ends_with_a_pair(monkeypatch, capsys, tmp_path):
+    """It is shown as by --show 1, if tokenizer and data are on this machine."""
+    first = shown(monkeypatch, capsys, tmp_path, GOOD)
+    out = shown(monkeypatch, capsys, tmp_path, GOOD, dry_run=True)
+    assert out.endswith(first) and "⟦" in first and len(out) > 2 * len(first)
+
+
+def test_an_unusable_record_is_shown_as_dropped(monkeypatch, capsys, tmp_path):
+    odd = GOOD | {"prompt": [{"role": "human", "content": "describe the fox ."}]}
+    out = shown(monkeypatch, capsys, tmp_path, odd, GOOD, skip_unusable=0.9)
+    assert "dropped: unusable: " in out and "pairs.jsonl:1: prompt[0]: " in out
+    assert "pairs.jsonl:2: explicit" in out
+    with pytest.raises(SystemExit):
+        shown(monkeypatch, capsys, tmp_path, odd, GOOD)
+    assert "pairs.jsonl:1: prompt[0]: " in capsys.readouterr().err
+
+
 def test_colours_on_a_terminal(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("runtime.show.on_terminal", lambda: True)
     out = shown(monkeypatch, capsys, tmp_path, GOOD)
