@@ -98,6 +98,18 @@ def check_folder(folder: Path, patterns: Iterable[str] = CHECKPOINT_FILES) -> No
             raise CheckpointError(f"{file}: {problem}")
 
 
+def content_files(folder: Path) -> list[Path]:
+    """Return the files that shape what a model computes and is asked: weights, config, tokenizer.
+
+    Raises:
+        CheckpointError: see `Weights`.
+    """
+    weights = {path for path, *_ in Weights(folder).files.values()}
+    patterns = [pattern for pattern in COMPANIONS if not pattern.startswith("LICENSE")]
+    others = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(weights | others)
+
+
 # --------------------------------------------------------------------------------------------------
 # config.json
 

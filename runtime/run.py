@@ -88,10 +88,8 @@ class Run:
         )
         self.settings.out = on_rank_0(lambda: self.settings.out)
         self.out = Path(self.settings.out)
-        self.fingerprint = resume.fingerprint(self.settings, inputs)
-        self.resumed, self.state, self.rows = on_rank_0(
-            lambda: resume.find_checkpoint(self.settings, self.out, self.fingerprint)
-        )
+        found = resume.find_checkpoint(self.settings, self.out, inputs)
+        self.resumed, self.state, self.rows = found
 
     def start(
         self, score_held_out: Callable[[], Metrics], tensors: dict[str, torch.Tensor]
@@ -104,9 +102,7 @@ class Run:
         """
         self._score_held_out, self._reference_tensors = score_held_out, tensors
         if self.resumed:
-            step = self.state["step"]
-            adamw = {"class": "AdamW", "numbers": {"step": step}}  # all that earlier versions had
-            saved, others = self.state.get("optimizer", adamw), self._reference_tensors
+            saved, others = self.state["optimizer"], self._reference_tensors
             resume.load_checkpoint(self.resumed, self.policy, self.optimizer, others, saved)
             print0(f"resumed from {self.resumed}")
         on_rank_0(self._reset_output_folder)
@@ -178,8 +174,7 @@ class Run:
         if stop or (every and (last or (step + 1) % every == 0)):
             numbers = resume.optimizer_scalars(self.policy, self.optimizer)
             optimizer = {"class": type(self.optimizer).__name__, "numbers": numbers}
-            self.state |= {"step": step + 1, "before": self.before, "identity": self.fingerprint}
-            self.state |= {"optimizer": optimizer}
+            self.state |= {"step": step + 1, "before": self.before, "optimizer": optimizer}
             tensors, keep = self._tensors(), self.settings.keep
             path = resume.save_checkpoint(self.out, tensors, self.state, keep)
         if stop:
