@@ -90,6 +90,9 @@ class Run:
         self.out = Path(self.settings.out)
         found = resume.find_checkpoint(self.settings, self.out, inputs)
         self.resumed, self.state, self.rows = found
+        # The model is saved with what the run began with, whatever becomes of the source meanwhile.
+        changed = {name: text.encode() for name, text in inputs.tokenizer.changed_files().items()}
+        self.companions = agree(lambda: checkpoint.companions(inputs.source) | changed)
 
     def start(
         self, score_held_out: Callable[[], Metrics], tensors: dict[str, torch.Tensor]
@@ -190,8 +193,8 @@ class Run:
         after = self.evaluate(len(self.inputs.steps))
         inputs, model = self.inputs, self.out / "model"
         source, dtype = inputs.source, inputs.weights.dtype
-        changed = inputs.tokenizer.changed_files()
-        checkpoint.save(self.policy, source, model, dtype, is_rank_0(), replace=changed)
+        replace = self.companions
+        checkpoint.save(self.policy, source, model, dtype, is_rank_0(), replace=replace)
         return {
             "out": self.out,
             "model": model,

@@ -450,6 +450,22 @@ def test_a_run_goes_on_only_from_the_content_it_began_with(
         assert_same(unbroken / "simpo", out)
 
 
+def test_the_model_is_saved_with_what_the_run_began_with(monkeypatch, tmp_path, unbroken):
+    """A source that changes or disappears under a run changes nothing."""
+    moved = shutil.copytree(ROOT / "toy" / "checkpoint", tmp_path / "moved")
+
+    def strike() -> None:
+        CONTENTS["config.json"](moved)
+        (moved / "generation_config.json").unlink()
+
+    at_step(monkeypatch, 3, strike)
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | SIMPO, model=moved)
+    ours, expected = (
+        faults.contents(folder / "model") for folder in (tmp_path / "run", unbroken / "simpo")
+    )
+    assert list(ours.values()) == list(expected.values())
+
+
 def test_the_model_is_digested_once(monkeypatch, tmp_path, unbroken):
     """A resumed run digests only the checkpoint: the model's files have not changed."""
     out, flags = unfinished(unbroken, tmp_path)
