@@ -254,11 +254,14 @@ def find_checkpoint(settings: Settings, out: Path, inputs: Inputs) -> tuple[Path
     Raises:
         CheckpointError: it is damaged, or of another run; the message names what differs.
     """
-    newest = None if (out / "model").exists() else next(reversed(checkpoints(out)), None)
-    path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
-    path = on_rank_0(lambda: path)
+
+    def choose() -> Path | None:
+        newest = None if (out / "model").exists() else next(reversed(checkpoints(out)), None)
+        return {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
+
+    path = on_rank_0(choose)
     state = read_whole(path) if path else on_rank_0(lambda: {"step": 0, "run": uuid.uuid4().hex})
-    model_files, known = content_files(inputs.source), state.get("source", {})
+    model_files, known = agree(lambda: content_files(inputs.source)), state.get("source", {})
     parts = on_every_rank(lambda: digests(slice_of(model_files), known))
     source = {name: entry for part in parts for name, entry in part.items()}
     identity = fingerprint(settings, inputs, source)

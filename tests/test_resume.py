@@ -442,7 +442,7 @@ def test_a_run_goes_on_only_from_the_content_it_began_with(
     for path, status in times.items():  # an editor that restores the times hides nothing
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     line = fails(monkeypatch, capsys, out, 1, **flags, model=moved)
-    assert f"step-000004 is of another run: {name} " in line.replace("chat template '", f"{name} '")
+    assert f"step-000004 is of another run: {name} " in line
     shutil.rmtree(moved)
     shutil.copytree(ROOT / "toy" / "checkpoint", moved)
     if name == "model.safetensors":
