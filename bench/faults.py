@@ -187,6 +187,7 @@ def one_case(
     newest checkpoint; one of them is taken where two checkpoints are left, at most one in this run.
     """
     deadline, resume, damaged = time.time() + 60 * seconds, "auto", not damages
+    made = 0  # when the damaged checkpoint was made, which the resumed run deletes
     with open(out.with_suffix(".log"), "a") as log:
         while True:
             run = start(out, ranks, log, objective, resume)
@@ -209,11 +210,13 @@ def one_case(
                 return
             if time.time() > deadline:
                 raise SystemExit(f"{out}: does not finish; see {log.name}")
-            resume = "auto"
+            if made not in [path.stat().st_mtime_ns for path in saved(out)]:
+                resume = "auto"
             if not damaged and len(saved(out)) > 1:
                 wait_for_workers(out)
                 if damaged := not (out / "model").exists():
                     resume = refused(out, ranks, objective, kind := damages.pop(0), rng)
+                    made = saved(out)[-1].stat().st_mtime_ns
                     seen[f"refused: {kind}"] += 1
 
 
