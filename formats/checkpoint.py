@@ -419,13 +419,13 @@ def save(
     dtype: torch.dtype,
     write: bool = True,
     shard_bytes: int = 5 * 10**9,
-    replace: dict[str, bytes] | None = None,
+    replace: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write `out` as a Hugging Face folder: weights in `dtype`, their index, config and tokenizer.
 
     Every rank must call it under FSDP; only the rank with `write` writes. One file at a time is
     gathered in memory, of at most `shard_bytes` bytes or of a single tensor. Config and tokenizer
-    files come from `source`, but `replace` maps file names to bytes that take their place. The
+    files come from `source`, but `replace` maps file names to contents that take their place. The
     folder appears under its name only once it is complete and on disk.
 
     Raises:
@@ -457,12 +457,12 @@ def save(
         _publish(temporary, out)
 
 
-def _start_folder(folder: Path, source: Path, replace: dict[str, bytes]) -> None:
+def _start_folder(folder: Path, source: Path, replace: Mapping[str, str | bytes]) -> None:
     """Create the folder anew, with everything but the weights in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name, content in (companions(source) | replace).items():
-        (folder / name).write_bytes(content)
+    for name, content in {**companions(source), **replace}.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def companions(folder: Path) -> dict[str, bytes]:

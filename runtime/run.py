@@ -91,8 +91,10 @@ class Run:
         found = resume.find_checkpoint(self.settings, self.out, inputs)
         self.resumed, self.state, self.rows = found
         # The model is saved with what the run began with, whatever becomes of the source meanwhile.
-        changed = {name: text.encode() for name, text in inputs.tokenizer.changed_files().items()}
-        self.companions = agree(lambda: checkpoint.companions(inputs.source) | changed)
+        source, tokenizer = inputs.source, inputs.tokenizer
+        self.companions = agree(
+            lambda: {**checkpoint.companions(source), **tokenizer.changed_files()}
+        )
 
     def start(
         self, score_held_out: Callable[[], Metrics], tensors: dict[str, torch.Tensor]
