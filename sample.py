@@ -366,7 +366,7 @@ def sample(flags: Flags) -> None:
         raise DataError(f"{flags.prompts}: holds no prompt")
     encode_prompts(tokenizer, config, [question.next_prompt([]) for question in questions])
     out = AnswerFile(Path(flags.out), questions, flags.generation, benchmark) if flags.out else None
-    done = out.resume(flags.overwrite) if out else 0
+    done = out.resume(tokenizer, flags.overwrite) if out else 0
     model = load(folder, device, dtype)
     answered = answer(model, tokenizer, questions, done, flags)
     if out:

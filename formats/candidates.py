@@ -6,14 +6,15 @@
     AnswerFile.write     samples              →  OUT.incomplete
     AnswerFile.finish    OUT.incomplete       →  OUT        once every prompt is answered
 
-A candidate file holds every record of --prompts with its `responses`, in `finished` whether the
-model ended each of them, and in `generation` the settings that they were made with. Add a list of
-`scores` from any scorer, and train.py trains on the best response against the worst
-(formats/records.py). With --format, `finish` writes the answer file of a benchmark instead
+A candidate file holds every record of --prompts with its `responses`. `finished` says whether the
+model ended each of them; `generation` has the settings they were made with, and a digest of the
+model. Add a list of `scores` from any scorer, and train.py trains on the best response against the
+worst (formats/records.py). With --format, `finish` writes the answer file of a benchmark instead
 (formats/benchmarks.py). sample.py decodes.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,15 +24,16 @@ from typing import Any, NamedTuple
 
 from data import Messages
 from formats.benchmarks import Benchmark
+from formats.checkpoint import content_files
 from formats.errors import DataError
-from formats.files import parse_json, reading
+from formats.files import digests, parse_json, reading
 from formats.records import check_prompt, read_records
 from formats.tokenizer import Tokenizer
 
+PATHS = ("model", "chat_template")  # compared by their content, so a model may have been moved
 # Every setting that shapes an answer. The batch size is missing because it does not.
 SETTINGS = (
-    "model",
-    "chat_template",
+    *PATHS,
     "dtype",
     "num_samples",
     "temperature",
@@ -210,16 +212,18 @@ class AnswerFile:
         generation = self.generation | {"temperature": question.temperature}
         return record | answers | {"generation": generation}
 
-    def resume(self, overwrite: bool = False) -> int:
+    def resume(self, tokenizer: Tokenizer, overwrite: bool = False) -> int:
         """Read what an interrupted command has left; return the number of questions it answered.
 
         Truncates the file after its last complete line. `overwrite` deletes a file that the
-        current command would not have written.
+        current command would not have written. tokenizer: of the model that answers; the model's
+        files are read once, so that one file never holds the answers of two models.
 
         Raises:
             DataError: an existing line is not one that this command would write. The message
                 names the line and the first difference.
         """
+        self.generation = self.generation | {"model_sha256": content_digest(tokenizer)}
         raw = self.work.read_bytes() if self.work.exists() else b""
         complete = raw[: raw.rfind(b"\n") + 1]
         self.records = []
@@ -248,6 +252,7 @@ class AnswerFile:
             ours |= {name: record[name] for name in ("responses", "finished") if name in ours}
             # Compare JSON with JSON: dump has turned dates into strings.
             expected: Any = parse_json(dump(ours).encode())
+            expected["generation"] |= {name: record["generation"].get(name) for name in PATHS}
             for name, value in expected["generation"].items():
                 theirs = record["generation"].get(name)
                 if theirs != value:
@@ -296,6 +301,15 @@ class AnswerFile:
         whole.write_text(text, encoding="utf-8")
         os.replace(whole, self.out)
         self.work.unlink()
+
+
+def content_digest(tokenizer: Tokenizer) -> str:
+    """Return a digest of what answers, whatever its path: the model's files and the template."""
+    files = {
+        name: entry["sha256"] for name, entry in digests(content_files(tokenizer.folder)).items()
+    }
+    content = json.dumps([files, tokenizer.template]).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def dump(record: dict) -> str:

@@ -98,6 +98,18 @@ def check_folder(folder: Path, patterns: Iterable[str] = CHECKPOINT_FILES) -> No
             raise CheckpointError(f"{file}: {problem}")
 
 
+def content_files(folder: Path) -> list[Path]:
+    """Return the files that shape what a model computes and is asked: weights, config, tokenizer.
+
+    Raises:
+        CheckpointError: see `Weights`.
+    """
+    weights = {path for path, *_ in Weights(folder).files.values()}
+    patterns = [pattern for pattern in COMPANIONS if not pattern.startswith("LICENSE")]
+    others = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(weights | others)
+
+
 # --------------------------------------------------------------------------------------------------
 # config.json
 
@@ -407,13 +419,13 @@ def save(
     dtype: torch.dtype,
     write: bool = True,
     shard_bytes: int = 5 * 10**9,
-    replace: dict[str, str] | None = None,
+    replace: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write `out` as a Hugging Face folder: weights in `dtype`, their index, config and tokenizer.
 
     Every rank must call it under FSDP; only the rank with `write` writes. One file at a time is
     gathered in memory, of at most `shard_bytes` bytes or of a single tensor. Config and tokenizer
-    files come from `source`, but `replace` maps file names to texts that take their place. The
+    files come from `source`, but `replace` maps file names to contents that take their place. The
     folder appears under its name only once it is complete and on disk.
 
     Raises:
@@ -445,16 +457,18 @@ def save(
         _publish(temporary, out)
 
 
-def _start_folder(folder: Path, source: Path, replace: dict[str, str]) -> None:
+def _start_folder(folder: Path, source: Path, replace: Mapping[str, str | bytes]) -> None:
     """Create the folder anew, with everything but the weights in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    for name, text in replace.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in {**companions(source), **replace}.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def companions(folder: Path) -> dict[str, bytes]:
+    """Return the files beside the weights that others need to load a checkpoint, by name."""
+    files = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: path.read_bytes() for path in files}
 
 
 def _split_into_shards(sizes: dict[str, int], shard_bytes: int) -> dict[str, list[str]]:

@@ -1,15 +1,17 @@
 """Read a stranger's files, and write ours so that they survive a crash.
 
 `reading` turns whatever goes wrong while a file is read into one error that names it. `parse_json`
-parses all JSON but tokenizer.json, which the tokenizers library reads.
+parses all JSON but tokenizer.json, which the tokenizers library reads. `digests` says whether files
+are the same as before, whatever their path.
 """
 
+import hashlib
 import json
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,3 +86,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digests(files: Iterable[Path], known: dict[str, dict] | None = None) -> dict[str, dict]:
+    """Return {"sha256": hexadecimal digits, "stat": [...]} for each file, by name.
+
+    A file whose name and stat (size, times, inode) are in `known` is not read again. SHA-256 takes
+    0.5 s per GB on a CPU with instructions for it, twice as long as a CRC; unlike a CRC, it also
+    tells apart files that were swapped on purpose, and `sha256sum` checks it.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = {}
+    for path in files:
+        status = path.stat()
+        stat = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        entry = (known or {}).get(path.name, {})
+        if entry.get("stat") != stat:
+            with open(path, "rb") as file:
+                entry = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "stat": stat}
+        found[path.name] = entry
+    return found

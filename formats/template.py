@@ -172,6 +172,7 @@ def compile_template(source: str, date: str | None):
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
+    del environment.filters["random"], environment.globals["lipsum"]  # other tokens in every run
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     now = datetime.fromisoformat(date or today())

@@ -139,6 +139,8 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
             self.backend.no_truncation()
             self.backend.no_padding()
+            if getattr(self.backend.model, "dropout", None):
+                self.backend.model.dropout = None  # BPE-dropout draws other tokens in every run
             ids = self.backend.get_vocab(with_added_tokens=True).values()
             self.size = max(ids, default=-1) + 1
             if self.size > MOST_TOKENS:

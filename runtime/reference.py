@@ -9,6 +9,7 @@ import gc
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,12 @@ def make_reference(
     inputs: Inputs,
     device: torch.device,
     freeze: Callable[[], Reference],
-    resumed: bool,
+    resumed: Path | None,
 ) -> tuple[Reference | None, dict[str, Tensor]]:
     """Return this run's reference, None if it needs none, and the tensors to save with checkpoints.
 
     Call it on all ranks. freeze: builds the frozen copy and returns what scores pairs with it.
-    resumed: the table will come from a checkpoint, so nothing is scored again.
+    resumed: the checkpoint that the table will come from; with one, nothing is scored again.
     """
     if not OBJECTIVES[settings.objective].needs_reference:
         return None, {}

@@ -4,64 +4,85 @@ A checkpoint holds all that the next step depends on, so a run that is killed an
 one that was never killed. Weights and optimizer state are safetensors, each rank's shards in files
 of its own, and any number of ranks can read them back. Nothing is pickled. No random state is
 saved: the order of the pairs follows from seed and epoch, and nothing else is random.
+
+state.json says what belongs to a checkpoint:
+
+    version     of this format
+    sha256      of everything else in state.json
+    files       name → bytes, sha256: every other file, as it was meant to be written
+    identity    what shapes the run: settings, steps, tokens, template, files of the model
+    source      name → sha256, stat: files of the model, so that they are not read again to compare
+    step, run, before, optimizer    where the run was
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
+import os
 import re
+import shlex
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 
-from data import Pair
+from formats.checkpoint import content_files
 from formats.errors import CheckpointError
-from formats.files import read_json, reading, sync
-from methods.objectives import OBJECTIVES, hyperparameters
+from formats.files import digests, read_json, reading, sync
 from model import Llama
 from runtime.inputs import Inputs
-from runtime.processes import is_rank_0, on_rank_0
+from runtime.processes import agree, gather, is_rank_0, on_every_rank, on_rank_0, slice_of
 from runtime.settings import Settings
 
 RESUME_ME = 75  # exit status: stopped when told to, not finished (EX_TEMPFAIL of sysexits.h)
 FILE_BYTES = 2**30  # of one file of a checkpoint: DCP holds a whole file in memory
+VERSION = 2  # of state.json; the first had none
+SCHEDULE = {"epochs", "max-steps", "batch-size", "seed", "shuffle"}  # all they do is make the steps
 
 
-def fingerprint(settings: Settings, inputs: Inputs) -> dict:
-    """Return everything that must match before resuming.
+def fingerprint(settings: Settings, inputs: Inputs, source: dict[str, dict]) -> dict:
+    """Return everything that must match before resuming: the content of what shapes the run.
 
-    These are the settings that affect the result, the source checkpoint (the exact commit for a hub
-    id) and the tokens.
+    These are the settings that affect the result, the pairs of every step and their tokens, the
+    chat template, and the model's files, of which `source` holds the `digests`. No path is among
+    them, so the same bytes under another path resume.
     """
-    may_change = {f.name for f in fields(settings) if f.metadata["may_change"]}
-    fixed = {name: value for name, value in asdict(settings).items() if name not in may_change}
-    return fixed | {
-        "norm_gains_decay": False,  # they did in earlier versions
-        "model": str(inputs.source.resolve()),
-        "data": _digest(inputs.pairs),
-        "eval_data": _digest(inputs.held_out),
+    by_content = {"model"} | {f.name for f in fields(settings) if f.metadata["may_change"]}
+    values = {name: value for name, value in asdict(settings).items() if name not in by_content}
+    template = (inputs.tokenizer.template or "").encode()
+    return {name.replace("_", "-"): value for name, value in values.items()} | {
+        "data": _digest([(pair.prompt, *pair.responses) for pair in inputs.pairs]),
+        "eval-data": _digest([(pair.prompt, *pair.responses) for pair in inputs.held_out]),
+        "steps": _digest([(step,) for step in inputs.steps]),
+        "chat template": f"sha256 {hashlib.sha256(template).hexdigest()[:16]}",
+        **{name: f"sha256 {entry['sha256'][:16]}" for name, entry in source.items()},
     }
 
 
-def _digest(pairs: list[Pair]) -> str:
-    """Return the number of pairs, and a hash of their tokens in order."""
+def _digest(items: Sequence[Sequence[np.ndarray]]) -> str:
+    """Return the number of items, and a hash of their arrays in order."""
     sha = hashlib.sha256()
-    for pair in pairs:
-        for ids in (pair.prompt, *pair.responses):
-            sha.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-    return f"{len(pairs)} with sha256 {sha.hexdigest()[:16]}"
+    for item in items:
+        for array in item:
+            sha.update(len(array).to_bytes(8, "little") + array.tobytes())
+    return f"{len(items)} with sha256 {sha.hexdigest()[:16]}"
 
 
 def training_tensors(policy: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -129,30 +150,68 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+class _DigestedFile(io.BufferedWriter):
+    """Digests what is to be written; whatever the disk makes of it, is compared with that."""
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(io.FileIO(path, "w"))
+        self.sha, self.size = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """Write all of `data` to the file: DCP waits for the disk without emptying the buffer."""
+        self.sha.update(data)
+        self.size += super().write(data)
+        self.flush()
+        return len(data)
+
+
+class _DigestedFiles(FileSystem):
+    """Opens files for DCP. files: name → bytes and sha256 of those that were written."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with _DigestedFile(path) as file:
+            yield file
+        self.files[Path(path).name] = {"bytes": file.size, "sha256": file.sha.hexdigest()}
+
+
 def save_checkpoint(out: Path, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
     """Write a checkpoint under another name, wait for the disk, then rename it: complete or absent.
 
     Call it on all ranks. Older checkpoints are deleted until `keep` are left. state: what goes into
-    state.json, at least `step`.
+    state.json beside version, files and digest.
 
     Raises:
         OSError: it cannot be written, for instance on a full disk. Older checkpoints stay.
     """
     path = out / "checkpoints" / f"step-{state['step']:06d}"
     temporary = path.with_name(path.name + ".incomplete")
-    files, size = {}, 0  # files: name of a tensor → number of the file that it goes to
+    numbers, size = {}, 0  # numbers: name of a tensor → number of the file that it goes to
     for name, tensor in tensors.items():
         size += tensor.nbytes // dist.get_world_size()
-        files[name] = 1 + size // FILE_BYTES
+        numbers[name] = 1 + size // FILE_BYTES
 
     def begin() -> None:
         for stale in path.parent.glob("*.incomplete"):
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
 
-    def finish() -> None:
-        shutil.copyfile(out / "metrics.jsonl", temporary / "metrics.jsonl")
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    def finish(files: dict[str, dict]) -> None:
+        for name, entry in files.items():
+            if not (file := temporary / name).exists() or file.stat().st_size != entry["bytes"]:
+                raise OSError(f"{name} of another rank is not there; all nodes must see {out}")
+        metrics = (out / "metrics.jsonl").read_bytes()
+        files["metrics.jsonl"] = {
+            "bytes": len(metrics),
+            "sha256": hashlib.sha256(metrics).hexdigest(),
+        }
+        (temporary / "metrics.jsonl").write_bytes(metrics)
+        whole = state | {"version": VERSION, "files": files}
+        whole["sha256"] = _digest_of_state(whole)
+        (temporary / "state.json").write_text(json.dumps(whole, indent=2) + "\n")
         for file in (temporary / "metrics.jsonl", temporary / "state.json", temporary):
             sync(file)
         temporary.rename(path)
@@ -162,9 +221,11 @@ def save_checkpoint(out: Path, tensors: dict[str, Tensor], state: dict, keep: in
 
     try:
         on_rank_0(begin)
-        writer = HuggingFaceStorageWriter(temporary, files, save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(temporary), numbers, save_distributed=True)
+        writer.fs = _DigestedFiles()
         dcp.save(tensors, storage_writer=writer)
-        on_rank_0(finish)
+        files = {name: entry for part in gather(writer.fs.files) for name, entry in part.items()}
+        on_rank_0(lambda: finish(files))
     except (CheckpointException, OSError) as e:
         cause = _cause(e)
         if is_rank_0():
@@ -185,52 +246,110 @@ def _cause(error: BaseException) -> BaseException:
     return cause
 
 
-def find_checkpoint(settings: Settings, out: Path, wanted: dict) -> tuple[Path | None, dict, str]:
+def find_checkpoint(settings: Settings, out: Path, inputs: Inputs) -> tuple[Path | None, dict, str]:
     """Return (checkpoint, state, metrics) to resume from; (None, a new state, "") for a new run.
 
-    wanted: this run's `fingerprint`.
+    Call it on all ranks, which share the files to digest. The state has this run's identity.
 
     Raises:
         CheckpointError: it is damaged, or of another run; the message names what differs.
     """
-    newest = None if (out / "model").exists() else next(reversed(checkpoints(out)), None)
-    path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
-    if path is None:
-        return None, {"step": 0, "run": uuid.uuid4().hex}, ""
-    state = read_json(path / "state.json", CheckpointError)
-    saved = state.get("identity")
-    known = isinstance(state.get("step"), int) and isinstance(state.get("before"), dict)
-    known &= isinstance(state.get("optimizer", {}), dict)
-    if not known or not isinstance(saved, dict) or "run" not in state:
-        raise CheckpointError(f"{path / 'state.json'}: not the state of a run")
-    saved = with_new_settings(saved, wanted)
-    differ = [
-        f"{key.replace('_', '-')} {saved.get(key)!r} (now {wanted.get(key)!r})"
-        for key in sorted(saved | wanted)
-        if saved.get(key) != wanted.get(key)
-    ]
+
+    def choose() -> Path | None:
+        newest = None if (out / "model").exists() else next(reversed(checkpoints(out)), None)
+        return {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
+
+    path = on_rank_0(choose)
+    state = read_whole(path) if path else on_rank_0(lambda: {"step": 0, "run": uuid.uuid4().hex})
+    model_files, known = agree(lambda: content_files(inputs.source)), state.get("source", {})
+    parts = on_every_rank(lambda: digests(slice_of(model_files), known))
+    source = {name: entry for part in parts for name, entry in part.items()}
+    identity = fingerprint(settings, inputs, source)
+    if path:
+        refuse_another_run(path, state["identity"], identity)
+    rows = (path / "metrics.jsonl").read_text(encoding="utf-8") if path and is_rank_0() else ""
+    return path, state | {"identity": identity, "source": source}, rows
+
+
+def refuse_another_run(path: Path, saved: dict, wanted: dict) -> None:
+    """Raise CheckpointError if two `fingerprint`s differ; it names both values of what does."""
+    differ = {key for key in saved | wanted if saved.get(key) != wanted.get(key)}
+    if "steps" not in differ:  # `--epochs 6` and `--max-steps 48` may be the same run
+        differ -= SCHEDULE
     if differ:
+        values = [f"{key} {saved.get(key)!r} (now {wanted.get(key)!r})" for key in sorted(differ)]
         advice = "pass these, another --out, or --resume never"
-        raise CheckpointError(f"{path} is of another run: {', '.join(differ)}; {advice}")
-    with reading(path / "metrics.jsonl", CheckpointError):
-        return path, state, (path / "metrics.jsonl").read_text(encoding="utf-8")
+        raise CheckpointError(f"{path} is of another run: {', '.join(values)}; {advice}")
 
 
-def with_new_settings(saved: dict, wanted: dict) -> dict:
-    """Return the fingerprint of an earlier version as this version would have written it.
+def read_whole(path: Path) -> dict:
+    """Return the state of a checkpoint whose files are all as they were saved.
 
-    A setting that did not exist has its default; one that its objective does not have is None.
+    Call it on all ranks.
+
+    Raises:
+        CheckpointError: a file is not, or it is of another version. The message names the file and
+            the newest older checkpoint that is whole, if there is one.
     """
-    if saved.get("objective") not in OBJECTIVES:
-        return saved
-    own = OBJECTIVES[saved["objective"]].defaults
-    new = {f.name: f.default for f in fields(Settings) if f.name in wanted and f.name not in saved}
-    decayed = saved.get("norm_gains_decay", bool(saved.get("weight_decay")))
-    saved = saved | new | {"norm_gains_decay": decayed}
-    for name in hyperparameters():
-        if name not in own or saved[name] is None:
-            saved[name] = own.get(name)
-    return saved
+    try:
+        return _read_whole(path)
+    except CheckpointError as damage:
+        siblings = on_rank_0(lambda: checkpoints(path.absolute().parent.parent))
+        older = [other for other in siblings if other.name < path.name]
+        for other in reversed(older):
+            with contextlib.suppress(CheckpointError):
+                _read_whole(other)
+                break
+        else:
+            raise
+        command = f"--resume {shlex.quote(str(path.with_name(other.name)))}"
+        raise CheckpointError(f"{damage}; {other.name} is whole: pass {command}") from None
+
+
+def _read_whole(path: Path) -> dict:
+    """Return the state of a checkpoint. Raises CheckpointError if a file is not what was saved."""
+    state = on_rank_0(lambda: _read_state(path))
+    files: dict[str, dict] = state["files"]
+
+    def check_digests() -> None:
+        for name in slice_of(sorted(files)):
+            with reading(path / name, CheckpointError):
+                found = digests([path / name])[name]["sha256"]
+            if found != files[name]["sha256"]:
+                problem = "is not what was saved: its SHA-256 is another"
+                raise CheckpointError(f"{path / name} {problem}")
+
+    on_every_rank(check_digests)
+    return state
+
+
+def _read_state(path: Path) -> dict:
+    """Return state.json, if it is as it was saved and the folder holds the files that it names."""
+    file = path / "state.json"
+    state = read_json(file, CheckpointError)
+    if state.get("version") != VERSION:
+        ours = f"version {state.get('version')}, this program resumes from version {VERSION}"
+        raise CheckpointError(f"{file}: {ours}: finish the run with the program that began it")
+    if state.get("sha256") != _digest_of_state(state):
+        raise CheckpointError(f"{file} is not what was saved: its SHA-256 is another")
+    found = {entry.name for entry in path.iterdir()}
+    for problem, names in (
+        ("is missing", state["files"].keys() - found),
+        ("does not belong to the checkpoint", found - state["files"].keys() - {file.name}),
+    ):
+        if names:
+            raise CheckpointError(f"{path / min(names)} {problem}")
+    for name, entry in state["files"].items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path / name}: {size} bytes, {entry['bytes']} were saved")
+    return state
+
+
+def _digest_of_state(state: dict) -> str:
+    """Return the SHA-256 of a state without its own."""
+    rest = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_checkpoint(
@@ -252,6 +371,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: holds the state of {saved.get('class')}, not of {ours}")
     create_state(optimizer)
     tensors = training_tensors(policy, optimizer) | others
+    agree(lambda: check_tensors(path, tensors))
     logging.disable(logging.WARNING)  # DCP would log a traceback of what we report in one line
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
@@ -269,3 +389,23 @@ def load_checkpoint(
                 state[key].fill_(number)
             else:
                 state[key] = number
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that a checkpoint holds every row of exactly these tensors.
+
+    DCP takes a tensor's size from the highest offset in any file and does not miss rows below it.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, of another shape or has not all rows.
+    """
+    with reading(path, CheckpointError, also=(SafetensorError,)):
+        saved = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    for name in sorted(saved.keys() | tensors.keys()):
+        chunks = saved[name].chunks if name in saved else []
+        rows = {tuple(chunk.offsets): chunk.sizes.numel() for chunk in chunks}
+        found = saved[name].size if name in saved else None, sum(rows.values())
+        wanted = (tensors[name].shape, tensors[name].numel()) if name in tensors else (None, 0)
+        if found != wanted:
+            problem = f"shape and elements are {found}, of this run {wanted}"
+            raise CheckpointError(f"{path}: {name}: {problem}")

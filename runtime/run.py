@@ -89,9 +89,12 @@ class Run:
         )
         self.settings.out = on_rank_0(lambda: self.settings.out)
         self.out = Path(self.settings.out)
-        self.fingerprint = resume.fingerprint(self.settings, inputs)
-        self.resumed, self.state, self.rows = on_rank_0(
-            lambda: resume.find_checkpoint(self.settings, self.out, self.fingerprint)
+        found = resume.find_checkpoint(self.settings, self.out, inputs)
+        self.resumed, self.state, self.rows = found
+        # The model is saved with what the run began with, whatever becomes of the source meanwhile.
+        source, tokenizer = inputs.source, inputs.tokenizer
+        self.companions = agree(
+            lambda: {**checkpoint.companions(source), **tokenizer.changed_files()}
         )
 
     def start(
@@ -105,9 +108,7 @@ class Run:
         """
         self._score_held_out, self._reference_tensors = score_held_out, tensors
         if self.resumed:
-            step = self.state["step"]
-            adamw = {"class": "AdamW", "numbers": {"step": step}}  # all that earlier versions had
-            saved, others = self.state.get("optimizer", adamw), self._reference_tensors
+            saved, others = self.state["optimizer"], self._reference_tensors
             resume.load_checkpoint(self.resumed, self.policy, self.optimizer, others, saved)
             print0(f"resumed from {self.resumed}")
         on_rank_0(self._reset_output_folder)
@@ -179,8 +180,7 @@ class Run:
         if stop or (every and (last or (step + 1) % every == 0)):
             numbers = resume.optimizer_scalars(self.policy, self.optimizer)
             optimizer = {"class": type(self.optimizer).__name__, "numbers": numbers}
-            self.state |= {"step": step + 1, "before": self.before, "identity": self.fingerprint}
-            self.state |= {"optimizer": optimizer}
+            self.state |= {"step": step + 1, "before": self.before, "optimizer": optimizer}
             tensors, keep = self._tensors(), self.settings.keep
             path = resume.save_checkpoint(self.out, tensors, self.state, keep)
         if stop:
@@ -196,8 +196,8 @@ class Run:
         after = self.evaluate(len(self.inputs.steps))
         inputs, model = self.inputs, self.out / "model"
         source, dtype = inputs.source, inputs.weights.dtype
-        changed = inputs.tokenizer.changed_files()
-        checkpoint.save(self.policy, source, model, dtype, is_rank_0(), replace=changed)
+        replace = self.companions
+        checkpoint.save(self.policy, source, model, dtype, is_rank_0(), replace=replace)
         return {
             "out": self.out,
             "model": model,

@@ -702,6 +702,24 @@ def test_template_that_does_not_compile(tmp_path, source):
         byte_level_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("draw", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}"])
+def test_template_that_draws_lots(tmp_path, draw):
+    """A template that would write another text in every run is refused."""
+    with pytest.raises(DataError, match="random|lipsum"):
+        byte_level_tokenizer(tmp_path, draw + SHOW)
+
+
+@pytest.mark.parametrize("prefix_space", [False, True])
+def test_a_tokenizer_that_draws_lots(tmp_path, prefix_space):
+    """BPE-dropout is off: a run and its resumed half must get the same tokens."""
+    spec = json.loads(byte_level(prefix_space))
+    texts, found = ["say hello again"] * 40, []
+    for spec["model"]["dropout"] in (None, 0.5, 1.0):
+        tokenizer = Tokenizer(write_checkpoint(tmp_path, json.dumps(spec), LLAMA3, "</s>"))
+        found += [tokenizer.encode_prompts(texts) + tokenizer.encode_responses(texts)]
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/limits").exists(), reason="/proc tells the limits of a process"
 )

@@ -132,7 +132,7 @@ def test_a_pair_passes_no_file_twice(objective, tmp_path):
     mesh = processes.make_mesh(settings, device)
     policy = train.build_model(inputs, mesh, settings, trainable=True)
     freeze = train.partial(train.freeze_reference, inputs, mesh, settings)
-    reference, _ = train.make_reference(settings, inputs, device, freeze, resumed=False)
+    reference, _ = train.make_reference(settings, inputs, device, freeze, resumed=None)
     seen, bad = set(), set()
 
     ours = {str(path): path.name for path in modules().values()}

@@ -5,6 +5,7 @@ kills runs at random moments; the code is in `runtime/resume.py` and `runtime/ru
 """
 
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -23,11 +24,12 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import ROOT, arguments, fails, few_pairs, launch, losses, rows_of, run
 
 import train
 from formats import checkpoint
+from runtime import resume
 from runtime.resume import RESUME_ME, checkpoints
 
 COMMON = {"max_steps": 6, "epochs": 3, "save_every": 2, "keep": 9}
@@ -165,7 +167,7 @@ def test_stopped_after_the_last_step(monkeypatch, tmp_path, unbroken):
     assert_same(unbroken / "simpo", out)
 
 
-def test_resume_on_another_number_of_ranks(monkeypatch, tmp_path):
+def test_resume_on_another_number_of_ranks(monkeypatch, capsys, tmp_path):
     """A run resumes from one rank on two and from two ranks on one, with the same metrics."""
     # In float64, so that a misplaced moment cannot hide behind rounding.
     flags = few_pairs(tmp_path) | COMMON | {"objective": "dpo", "reference": "cached"}
@@ -176,7 +178,7 @@ def test_resume_on_another_number_of_ranks(monkeypatch, tmp_path):
     launch(tmp_path, runs, ["--standalone", "--nproc-per-node=2"])
     of_two = tmp_path / "two" / "checkpoints" / "step-000004"
     two_one = run(monkeypatch, tmp_path / "two-one", **flags, resume=of_two)
-    assert len(list(of_two.glob("shard-*"))) == 2
+    shard, _ = sorted(of_two.glob("shard-*"))
     for rows in (rows_of(tmp_path / "one-two"), two_one):
         assert [row["step"] for row in rows] == [row["step"] for row in one]
         for row, expected in zip(rows, one):
@@ -184,6 +186,11 @@ def test_resume_on_another_number_of_ranks(monkeypatch, tmp_path):
                 assert (name in row) == (name in expected)
                 if name in expected:
                     assert row[name] == pytest.approx(expected[name], rel=1e-9)
+    # DCP alone fills the rows that the second rank had, and leaves those of the first as they are.
+    shard.unlink()
+    forge(of_two, lambda state: state["files"].pop(shard.name))
+    line = fails(monkeypatch, capsys, tmp_path / "three", 1, **flags, resume=of_two)
+    assert str(of_two) in line and "elements" in line
 
 
 def test_a_worker_is_killed_and_torchrun_starts_it_again(tmp_path):
@@ -259,6 +266,9 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(
         ({"max_steps": 5}, "max-steps 6 (now 5)"),
         ({"dtype": "bf16"}, "dtype 'fp32' (now 'bf16')"),
         ({"data": ROOT / "toy" / "heldout.jsonl"}, "data '15 with sha256"),
+        ({"eval_data": ROOT / "toy" / "heldout.jsonl"}, "eval-data '15 with sha256"),
+        ({"seed": 1}, "seed 42 (now 1), steps '6 with sha256"),
+        ({"shuffle": False}, "shuffle True (now False), steps '6 with sha256"),
     ],
 )
 def test_other_settings_are_refused_by_name(monkeypatch, capsys, tmp_path, unbroken, change, words):
@@ -280,29 +290,206 @@ def test_what_does_not_affect_the_result_may_change(monkeypatch, tmp_path, unbro
     assert losses(rows) == pytest.approx(losses(rows_of(unbroken / "simpo")), rel=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "state", "no state", "pickle", "no rows"])
-def test_a_damaged_checkpoint_is_refused(monkeypatch, capsys, tmp_path, unbroken, damage):
-    """A damaged checkpoint is refused by its path, and the run's files stay as they are."""
+def swap(shard: Path, kind: str, other: str) -> None:
+    """Swap the bytes of two tensors of one shape in a shard."""
+    data = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    a, b = (
+        slice(*(start + i for i in header[f"{k}.{name}"]["data_offsets"])) for k in (kind, other)
+    )
+    data[a], data[b] = data[b], data[a]
+    shard.write_bytes(data)
+
+
+def as_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+# Beside the damages of the campaign; each gets a shard of the newest checkpoint.
+DAMAGES = faults.DAMAGES | {
+    "no state": lambda shard, *_: shard.with_name("state.json").unlink(),
+    "not a state": lambda shard, *_: shard.with_name("state.json").write_text('{"version": 2}'),
+    "a list": lambda shard, *_: shard.with_name("state.json").write_text("[]"),
+    "a pickle": lambda shard, *_: torch.save({}, shard),
+    "a folder": lambda shard, *_: as_folder(shard),
+    "an empty shard": lambda shard, *_: os.truncate(shard, 0),
+    "a longer shard": lambda shard, *_: shard.write_bytes(shard.read_bytes() + b"0"),
+    "swapped moments": lambda shard, *_: swap(shard, "optimizer.exp_avg", "optimizer.exp_avg_sq"),
+    "another row": lambda shard, *_: shard.with_name("metrics.jsonl").write_text("{}\n"),
+    "a note": lambda shard, *_: shard.with_name("README").write_text("mine"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(monkeypatch, capsys, tmp_path, unbroken, kind):
+    """It is refused by its path, the older whole one is offered by name, and nothing changes."""
     out, flags = unfinished(unbroken, tmp_path)
-    path = out / "checkpoints" / "step-000004"
-    [shard] = path.glob("*.safetensors")
-    if damage == "cut":
-        shard.write_bytes(shard.read_bytes()[:-9])
-    elif damage == "missing":
-        shard.unlink()
-    elif damage == "state":
-        (path / "state.json").write_text('{"step": "four"}')
-    elif damage == "no state":
-        (path / "state.json").unlink()
-    elif damage == "no rows":
-        (path / "metrics.jsonl").unlink()
-    else:
-        torch.save({}, shard)
-    rows, config = (out / "metrics.jsonl").read_text(), (out / "config.json").read_text()
+    monkeypatch.setattr(faults, "DAMAGES", DAMAGES)
+    older = faults.damage(out, kind, random.Random(kind))
+    before = faults.contents(out)
     line = fails(monkeypatch, capsys, out, 1, **flags)
-    assert str(path) in line
-    assert (out / "metrics.jsonl").read_text() == rows
-    assert (out / "config.json").read_text() == config
+    assert f"error: {out}/checkpoints/step-000004" in line
+    assert line.endswith(f"; step-000002 is whole: pass --resume {older}")
+    assert faults.contents(out) == before
+    if kind in ("a missing shard", "swapped moments"):
+        run(monkeypatch, out, **flags, resume=older)
+        assert_same(unbroken / "simpo", out)
+
+
+def test_a_damaged_older_checkpoint_is_not_offered(monkeypatch, capsys, tmp_path, unbroken):
+    out, flags = unfinished(unbroken, tmp_path)
+    for path in checkpoints(out):
+        [shard] = path.glob("*.safetensors")
+        faults.flip_bit(shard, random.Random(0), "model.")
+    line = fails(monkeypatch, capsys, out, 1, **flags)
+    assert "step-000004" in line and line.endswith("is not what was saved: its SHA-256 is another")
+
+
+def forge(path: Path, change: Callable[[dict], object]) -> None:
+    """Change state.json so that its digest is right again."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    state["sha256"] = resume._digest_of_state(state)
+    (path / "state.json").write_text(json.dumps(state))
+
+
+def test_a_checkpoint_of_another_version_is_refused(monkeypatch, capsys, tmp_path, unbroken):
+    """The first version had no list of files, so nothing says whether one is whole."""
+    out, flags = unfinished(unbroken, tmp_path)
+    for version in (None, 3):
+        for path in checkpoints(out):
+            forge(path, lambda state: state.update(version=version))
+        line = fails(monkeypatch, capsys, out, 1, **flags)
+        assert (
+            f"step-000004/state.json: version {version}, this program resumes from version 2"
+            in line
+        )
+
+
+def test_a_write_that_the_disk_changed_is_found(monkeypatch, capsys, tmp_path):
+    """Digests are of the bytes that were meant to be written, not of those that arrived."""
+    real = resume._DigestedFile.flush
+
+    def flush(file) -> None:
+        real(file)
+        if file.size:
+            os.pwrite(file.fileno(), b"!", file.size - 1)
+
+    flags, out = few_pairs(tmp_path) | SIMPO, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(resume._DigestedFile, "flush", flush)
+        at_step(patch, 2, interrupt)
+        with pytest.raises(SystemExit):
+            run(patch, out, **flags)
+    assert "is not what was saved" in fails(monkeypatch, capsys, out, 1, **flags)
+
+
+def test_a_shard_on_the_disk_of_another_node(monkeypatch, capsys, tmp_path):
+    """Where nodes do not share OUT, rank 0 sees only its own files: nothing is called complete."""
+    elsewhere = {"shard-00002.safetensors": {"bytes": 8, "sha256": ""}}
+    monkeypatch.setattr(resume, "gather", lambda files: [files, elsewhere])
+    flags = few_pairs(tmp_path) | SIMPO
+    line = fails(monkeypatch, capsys, tmp_path / "run", 1, **flags)
+    assert "shard-00002.safetensors of another rank is not there" in line
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def scale(folder: Path) -> None:
+    """Multiply one weight matrix by 1.05."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] *= 1.05
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(name: str, **values) -> Callable[[Path], None]:
+    """Return what changes keys of a JSON file in a folder."""
+
+    def change(folder: Path) -> None:
+        data = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(data | values))
+
+    return change
+
+
+def change_template(folder: Path) -> None:
+    """Let the checkpoint's own template say the same in other bytes."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"chat_template": "', '"chat_template": "{# new #}'))
+
+
+CONTENTS = {
+    "model.safetensors": scale,
+    "config.json": edit("config.json", rope_theta=20000.0),
+    "generation_config.json": edit("generation_config.json", temperature=0.5),
+    "tokenizer_config.json": edit("tokenizer_config.json", model_max_length=77),
+    "chat template": change_template,
+    "special_tokens_map.json": lambda folder: (folder / "special_tokens_map.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_run_goes_on_only_from_the_content_it_began_with(
+    monkeypatch, capsys, tmp_path, unbroken, name
+):
+    """Another path of the same bytes is the same model; other bytes under the same path are not."""
+    out, flags = unfinished(unbroken, tmp_path)
+    moved = shutil.copytree(ROOT / "toy" / "checkpoint", tmp_path / "moved")
+    times = {path: path.stat() for path in moved.iterdir()}
+    CONTENTS[name](moved)
+    for path, status in times.items():  # an editor that restores the times hides nothing
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    line = fails(monkeypatch, capsys, out, 1, **flags, model=moved)
+    assert f"step-000004 is of another run: {name} " in line
+    shutil.rmtree(moved)
+    shutil.copytree(ROOT / "toy" / "checkpoint", moved)
+    if name == "model.safetensors":
+        run(monkeypatch, out, **flags, model=moved)
+        assert_same(unbroken / "simpo", out)
+
+
+def test_the_model_is_saved_with_what_the_run_began_with(monkeypatch, tmp_path, unbroken):
+    """A source that changes or disappears under a run changes nothing."""
+    moved = shutil.copytree(ROOT / "toy" / "checkpoint", tmp_path / "moved")
+
+    def strike() -> None:
+        CONTENTS["config.json"](moved)
+        (moved / "generation_config.json").unlink()
+
+    at_step(monkeypatch, 3, strike)
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | SIMPO, model=moved)
+    ours, expected = (
+        faults.contents(folder / "model") for folder in (tmp_path / "run", unbroken / "simpo")
+    )
+    assert list(ours.values()) == list(expected.values())
+
+
+def test_the_model_is_digested_once(monkeypatch, tmp_path, unbroken):
+    """A resumed run digests only the checkpoint: the model's files have not changed."""
+    out, flags = unfinished(unbroken, tmp_path)
+    real, read = hashlib.file_digest, []
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: read.append(file.name) or real(file, name)
+    )
+    run(monkeypatch, out, **flags)
+    assert read and all(str(name).startswith(str(out)) for name in read)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 9},  # --max-steps ends it before
+        {"max_steps": None, "epochs": 2},
+        {"max_steps": 6, "epochs": 2},
+    ],
+)
+def test_the_same_steps_are_the_same_run(monkeypatch, tmp_path, unbroken, change):
+    """15 pairs in steps of 7 make 3 steps an epoch: --epochs 2 and --max-steps 6 are the same."""
+    out, flags = unfinished(unbroken, tmp_path)
+    run(monkeypatch, out, **flags | change)
+    assert_same(unbroken / "simpo", out)
 
 
 def test_never_does_not_wipe_out_checkpoints(monkeypatch, capsys, tmp_path, unbroken):
@@ -410,19 +597,6 @@ def test_ctrl_c_outside_the_loop_says_what_is_saved(
         assert f"{out} holds a finished run" in line
     else:
         assert f"{out}/checkpoints/step-000004 is saved" in line and f"--out {out}" in line
-
-
-def test_a_run_of_the_version_before_resumes(monkeypatch, tmp_path, unbroken):
-    """It recorded a reference for every objective, and a table of its own for held-out pairs."""
-    out, flags = unfinished(unbroken, tmp_path)
-    state = out / "checkpoints" / "step-000004" / "state.json"
-    saved = json.loads(state.read_text())
-    saved["identity"]["reference"] = "online"
-    del saved["identity"]["alphapo_alpha"], saved["identity"]["norm_gains_decay"]
-    del saved["optimizer"]
-    state.write_text(json.dumps(saved))
-    run(monkeypatch, out, **flags)
-    assert_same(unbroken / "simpo", out)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "NAdam", "Adadelta", "RMSprop"])

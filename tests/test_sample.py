@@ -1,5 +1,6 @@
 """Test sample.py: decoding against full forward passes, sampling by hand, and the command."""
 
+import hashlib
 import io
 import json
 import os
@@ -421,6 +422,52 @@ def test_an_unfinished_file_of_something_else_is_refused(change, flags, named, c
     assert all(part in error for part in [f"{PART}{named[0]}", *named, "--overwrite"]), error
     assert PART.read_bytes() == before and not Path("answers.jsonl").exists()
     assert command(*SAMPLING, *flags.split(), "--overwrite")[0] == 0 and not PART.exists()
+
+
+def rewrite(name: str, old: bytes, new: bytes) -> None:
+    """Replace bytes in a file of the folder `model`, once."""
+    path = Path("model") / name
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+CHANGES = {
+    "weights": lambda: rewrite("model.safetensors", b"\x01", b"\x02"),
+    "config": lambda: rewrite("config.json", b'"rope_theta": 1', b'"rope_theta": 2'),
+    "tokenizer": lambda: rewrite("tokenizer.json", b"fox", b"fux"),
+    "template of the checkpoint": lambda: rewrite("tokenizer_config.json", b"{{ ", b"{{  "),
+    "template": lambda: Path("template.jinja").write_text("{{ messages[0].content }}<|end|>"),
+    "nothing": lambda: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_file_holds_the_answers_of_one_model(change, command):
+    """Another model under the same path is refused; the same model under another path resumes."""
+    write_jsonl("asked.jsonl", ASKED * 2)
+    shutil.copytree(sample.TOY, "model")
+    Path("template.jinja").write_text("{{ messages[0].content }} <|end|>")
+    flags = [*SAMPLING, "--chat-template", "template.jinja"]
+    assert command(*flags, "--model", "model")[0] == 0
+    whole = Path("answers.jsonl").read_bytes()
+    begun = whole[: whole.index(b"\n") + 1]
+    Path("answers.jsonl").rename(PART)
+    PART.write_bytes(begun)
+    CHANGES[change]()
+    Path("model").rename("moved")
+    status, _, error = command(*flags, "--model", "moved")
+    if change == "nothing":
+        assert status == 0
+        both = Path("answers.jsonl").read_bytes()
+        assert both.startswith(begun) and both.replace(b"moved", b"model") == whole
+    else:
+        assert status == 1 and f"{PART}:1: made with model_sha256" in error, error
+        assert PART.read_bytes() == begun
+
+
+def test_what_is_only_printed_digests_nothing(command, monkeypatch):
+    monkeypatch.delattr(hashlib, "file_digest")
+    assert command("--prompt", FOX, "--max-new-tokens", "5")[0] == 0
 
 
 def test_candidates_become_pairs(command):
