@@ -194,9 +194,9 @@ class Run:
         """
         after = self.evaluate(len(self.inputs.steps))
         inputs, model = self.inputs, self.out / "model"
-        source, dtype = inputs.source, inputs.weights.dtype
+        source, dtypes = inputs.source, inputs.weights.dtypes
         changed = inputs.tokenizer.changed_files()
-        checkpoint.save(self.policy, source, model, dtype, is_rank_0(), replace=changed)
+        checkpoint.save(self.policy, source, model, dtypes, is_rank_0(), replace=changed)
         return {
             "out": self.out,
             "model": model,
