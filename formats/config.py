@@ -237,7 +237,7 @@ def _read_rope_object(fields: _Fields, key: str) -> tuple[float, dict | None]:
     if None not in (kind, old_kind) and kind != old_kind:
         inner.refuse("type", f"contradicts rope_type = {json.dumps(kind)}: delete the wrong one")
     name = "type" if kind is None and old_kind is not None else "rope_type"
-    if (rope.get(name) or "default") not in ("default", "llama3"):
+    if rope.get(name, "default") not in ("default", "llama3"):
         inner.refuse(name, "not implemented (default and llama3 are)")
     for outer_name in ("rope_theta", "original_max_position_embeddings"):
         outer = fields.take(outer_name)

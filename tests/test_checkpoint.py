@@ -142,6 +142,8 @@ WRONG = {  # case: (config.json changed to, what the message names)
         {"rope_scaling": configs.STRETCHED | {"low_freq_factor": 8.0}},
         "low_freq_factor",
     ),
+    "rope type null": ({"rope_parameters": {"rope_type": None}}, "rope_type"),
+    "rope type 0": ({"rope_scaling": {"type": 0}}, "type"),
     "rope of a list": ({"rope_scaling": []}, "rope_scaling"),
     "rope of every layer": ({"rope_parameters": {"full_attention": {}}}, "rope_parameters"),
     "a window in a Llama": ({"sliding_window": 7}, "sliding_window"),
