@@ -183,7 +183,7 @@ def _read_heads(fields: _Fields, kind: str) -> tuple[int, int, int, int]:
     head_dim, kv_heads = hidden // heads, heads
     if fields.take("head_dim") is not None:
         head_dim = fields.size("head_dim")
-    elif hidden % heads:
+    if hidden % heads and (kind == "llama" or "head_dim" not in fields.raw):  # as transformers does
         fields.refuse("hidden_size", f"not a multiple of num_attention_heads = {heads}")
     if fields.take("num_key_value_heads") is not None:
         kv_heads = fields.size("num_key_value_heads")

@@ -157,6 +157,10 @@ WRONG = {  # case: (config.json changed to, what the message names)
         "use_sliding_window",
     ),
     "heads that leave a rest": ({"num_attention_heads": 5}, "hidden_size"),
+    "heads that leave a rest, with head_dim": (
+        {"num_attention_heads": 5, "head_dim": 8},
+        "hidden_size",
+    ),
     "two classes": ({"architectures": ["MistralForCausalLM"]}, "architectures"),
     "type of a list": ({"model_type": ["llama"]}, "model_type"),
     "precision unknown": ({"dtype": "float8_e4m3fn"}, "dtype"),
