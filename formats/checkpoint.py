@@ -1,14 +1,13 @@
 """Read and write model folders in Hugging Face's format: config.json, safetensors, tokenizer files.
 
-    read_config     config.json                →  Config
     Weights         *.safetensors              →  the parameters of a model, whole or sharded
     load            a folder                   →  a model, whole, on one device
     save            a model, whole or sharded  →  a folder
 
 This file owns everything that knows of files, shards and meshes (DTensor), so that model.py is
 architecture alone. The folder comes from strangers: names, sizes and headers are checked before
-memory is spent on them. A new key of config.json belongs in `NEUTRAL` if only one of its values is
-supported, else in `Config` and `read_config`. Read model.py next.
+memory is spent on them. Where two of its statements about one thing differ, none is picked: the
+folder is refused. formats/config.py reads config.json. Read model.py next.
 """
 
 import json
@@ -16,10 +15,8 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from formats.config import read_config
 from formats.errors import CheckpointError
 from formats.files import parse_json, read_json, reading, sync
 from formats.hub import local_path
-from model import Config, Llama
+from model import Config, Llama, rotary_table
 
 # the files beside the weights that a checkpoint needs so that others can load it; never code
 COMPANIONS = (
@@ -44,8 +42,14 @@ COMPANIONS = (
     "merges.txt",
     "LICENSE*",
 )
-# the only files ever downloaded (Mistral repos also ship the weights as consolidated.safetensors)
-CHECKPOINT_FILES = ("model*.safetensors", "model.safetensors.index.json", *COMPANIONS)
+# The only files ever downloaded. transformers, too, prefers these to other copies of the weights,
+# such as pytorch_model.bin and Mistral's consolidated.safetensors.
+CHECKPOINT_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    *COMPANIONS,
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,139 +115,9 @@ def content_files(folder: Path) -> list[Path]:
 
 
 # --------------------------------------------------------------------------------------------------
-# config.json
-
-# Keys with the values for which model.py is right. Any other value would change the computation.
-NEUTRAL = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "quantization_config": (None,),
-    "num_local_experts": (None, 1),
-    "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1.0, None),
-}
-
-
-@dataclass
-class _Fields:
-    """Looks up numbers in config.json; an absent key and null both mean the default."""
-
-    path: Path
-    raw: dict
-    prefix: str = ""  # of a key, for error messages: "rope_scaling."
-
-    def refuse(self, key: str, why: str) -> NoReturn:
-        """Raise CheckpointError. The message holds file, key and value."""
-        value = json.dumps(self.raw.get(key))
-        raise CheckpointError(f"{self.path}: {self.prefix}{key} = {value}: {why}")
-
-    def number(self, key: str, default: float | None, kind: type, limit: float) -> float:
-        """Return a number in (0, limit] of type `kind`. A float may be written as an int."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"{self.path}: {self.prefix}{key} is missing")
-        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= limit:
-            self.refuse(key, f"expected a positive {kind.__name__} of at most {limit}")
-        return kind(value)
-
-    def integer(self, key: str, default: int | None = None, limit: int = 2**31) -> int:
-        """Return an int in (0, limit]."""
-        return int(self.number(key, default, int, limit))
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """Return one side of a weight matrix; no published model comes near the limit."""
-        return self.integer(key, default, limit=2**20)
-
-
-def read_config(folder: Path) -> Config:
-    """Read `config.json` in either dialect of transformers.
-
-    Version 4 writes `rope_theta` and `rope_scaling`, version 5 `rope_parameters`. An absent key
-    means what it means in transformers' class for that model type.
-
-    Raises:
-        CheckpointError: a key is missing or absurd, or model.py would silently compute something
-            else than the model was trained with. The message names file and key.
-    """
-    path = folder / "config.json"
-    raw = read_json(path, CheckpointError)
-    fields = _Fields(path, raw)
-    if raw.get("model_type") not in ("llama", "mistral"):
-        fields.refuse("model_type", "only llama and mistral are supported")
-    for key, supported in NEUTRAL.items():
-        if raw.get(key, supported[0]) not in supported:
-            fields.refuse(key, f"not implemented (only {json.dumps(supported[0])} is)")
-
-    mistral = raw["model_type"] == "mistral"
-    hidden, heads, kv_heads, head_dim = _read_heads(fields, mistral)
-    window = None
-    if mistral and raw.get("sliding_window", 4096) is not None:  # version 0.2 and later: null
-        window = fields.integer("sliding_window", 4096)
-    rope_theta, rope_scaling = _read_rope(raw, path)
-    positions = fields.integer("max_position_embeddings", 2**17 if mistral else 2048)
-    return Config(
-        vocab_size=fields.size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=fields.size("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers", limit=2**10),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, float, 2**31),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        sliding_window=window,
-        tie_word_embeddings=raw.get("tie_word_embeddings", False) is True,
-        max_position_embeddings=positions,
-    )
-
-
-def _read_heads(fields: _Fields, mistral: bool) -> tuple[int, int, int, int]:
-    """Return hidden size, query heads, key-value heads and features per head."""
-    heads = fields.size("num_attention_heads")
-    hidden = fields.size("hidden_size")
-    head_dim = fields.size("head_dim", hidden // heads)
-    absent = "num_key_value_heads" not in fields.raw
-    kv_heads = fields.size("num_key_value_heads", 8 if mistral and absent else heads)
-    if heads % kv_heads:
-        fields.refuse("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
-    if head_dim % 2:
-        fields.refuse("head_dim", "rotary embeddings need an even number of features")
-    if heads * head_dim > 2**20:
-        fields.refuse("head_dim", f"too many features with num_attention_heads = {heads}")
-    return hidden, heads, kv_heads, head_dim
-
-
-def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
-    """Return (theta, scaling) from either dialect; scaling holds Llama 3.1's four numbers or None.
-
-    Raises:
-        CheckpointError: another rule than "default" and "llama3", or a number is not positive.
-    """
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(key) or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise CheckpointError(f"{path}: {key}: expected one flat object for all layers")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    fields = _Fields(path, raw | rope | {"rope_type": kind, "rope_theta": theta}, f"{key}.")
-    if kind not in ("default", "llama3"):
-        fields.refuse("rope_type", "not implemented (default and llama3 are)")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        fields.refuse("partial_rotary_factor", "not implemented (only 1.0 is)")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = None
-    if kind == "llama3":
-        scaling = {name: fields.number(name, None, float, 1e30) for name in names}
-    return fields.number("rope_theta", None, float, 1e30), scaling
-
-
-# --------------------------------------------------------------------------------------------------
 # Reading weights
 
+INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 2**24  # bytes of a safetensors file's list; 10,000 tensors take a sixteenth
 
 
@@ -252,7 +126,7 @@ class Weights:
 
     Attributes:
         files: tensor name → (file, shape).
-        dtype: the first tensor's; a saved checkpoint keeps it.
+        dtypes: tensor name → dtype; a saved checkpoint keeps them.
     """
 
     DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -261,48 +135,78 @@ class Weights:
         """Read the headers of all files.
 
         Raises:
-            CheckpointError: a file is missing or damaged, a tensor is in two files, or a tensor is
-                not float32, bfloat16 or float16.
+            CheckpointError: a file is missing, damaged or not named by the index, a tensor is in
+                two files or not where the index says, or it is not float32, bfloat16 or float16.
         """
         self.folder = folder
         self.files: dict[str, tuple[Path, list[int]]] = {}
-        self.dtype = torch.float32
-        for path in self._shards():
+        self.dtypes: dict[str, torch.dtype] = {}
+        weight_map = self._read_index()
+        for path in self._shards(weight_map):
             for name, (dtype, shape) in self._read_header(path).items():
                 if dtype not in self.DTYPES:
                     supported = f"only {', '.join(self.DTYPES)} are supported"
                     raise CheckpointError(f"{path}: {name} is {dtype}: {supported}")
                 if name in self.files:
                     raise CheckpointError(f"{path}: {name} is also in {self.files[name][0].name}")
-                if not self.files:
-                    self.dtype = self.DTYPES[dtype]
                 self.files[name] = (path, shape)
+                self.dtypes[name] = self.DTYPES[dtype]
+        for name in sorted(weight_map.keys() | self.files.keys()) if weight_map else ():
+            where = self.files[name][0].name if name in self.files else "none of the files"
+            if weight_map.get(name) != where:
+                problem = f"{name} is in {where}, weight_map says {weight_map.get(name)}"
+                raise CheckpointError(f"{folder / INDEX}: {problem}: write the index anew")
 
-    def _shards(self) -> list[Path]:
-        """Return the folder's safetensors files: those that the index names, or the only one."""
-        folder, index = self.folder, self.folder / "model.safetensors.index.json"
+    def _read_index(self) -> dict[str, str]:
+        """Return the index's map from tensor to file name; empty if there is no index.
+
+        Sizes in the index are ignored, as transformers does: the files' headers say them.
+        """
+        index = self.folder / INDEX
         if not index.exists():
-            path = folder / "model.safetensors"
-            if path.exists():
-                return [path]
-            problem = "neither model.safetensors nor model.safetensors.index.json"
+            return {}
+        weight_map = read_json(index, CheckpointError).get("weight_map")
+        weight_map = weight_map if isinstance(weight_map, dict) else {}
+        named = weight_map.values()
+        if not named or not all(isinstance(name, str) for name in named):
+            problem = "missing, empty or not a map of tensor names to file names"
+            raise CheckpointError(f"{index}: weight_map is {problem}")
+        for name in sorted(set(named)):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                problem = "is not the name of a safetensors file in this folder"
+                raise CheckpointError(f"{index}: weight_map: {name!r} {problem}")
+        return weight_map
+
+    def _shards(self, weight_map: dict[str, str]) -> list[Path]:
+        """Return the folder's safetensors files: those that the index names, or the only one.
+
+        Raises:
+            CheckpointError: a file is missing, or the folder holds weights beside these. They may
+                be an adapter, or left over from another model that was saved here.
+        """
+        folder, single = self.folder, "model.safetensors"
+        adapters = sorted(path.name for path in folder.glob("adapter_*"))
+        if adapters:
+            problem = "a LoRA adapter, which would not be applied: merge it into its base model"
+            raise CheckpointError(f"{folder / adapters[0]}: {problem} (peft: merge_and_unload)")
+        names = sorted(set(weight_map.values())) or [single]
+        for name in names:
+            if os.path.isfile(folder / name):
+                continue
+            if weight_map:
+                problem = f"no such file, though {INDEX} names it"
+                raise CheckpointError(f"{folder / name}: {problem}")
+            problem = f"neither {single} nor {INDEX}"
             if any(folder.glob("pytorch_model*.bin")):
                 why = "pytorch_model.bin is a pickle, which can run code"
                 problem += f" ({why}: convert it to safetensors)"
             raise CheckpointError(f"{folder}: {problem}")
-        weight_map = read_json(index, CheckpointError).get("weight_map")
-        named = weight_map.values() if isinstance(weight_map, dict) else ()
-        if not named or not all(isinstance(name, str) for name in named):
-            problem = "missing, empty or not a map of tensor names to file names"
-            raise CheckpointError(f"{index}: weight_map is {problem}")
-        names = sorted(set(named))
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                problem = "is not the name of a safetensors file in this folder"
-                raise CheckpointError(f"{index}: weight_map: {name!r} {problem}")
-            if not os.path.isfile(folder / name):
-                problem = f"no such file, though {index.name} names it"
-                raise CheckpointError(f"{folder / name}: {problem}")
+        # transformers reads only model.safetensors if there is one
+        used = [single] if single in names else names
+        others = {path.name for path in folder.glob("model*.safetensors")} | set(names)
+        if unused := sorted(others.difference(used)):
+            problem = f"not part of the weights in {used[0]}: delete the wrong one"
+            raise CheckpointError(f"{folder / unused[0]}: {problem}")
         return [folder / name for name in names]
 
     def _read_header(self, path: Path) -> dict[str, tuple[str, list[int]]]:
@@ -323,14 +227,17 @@ class Weights:
     def check(self, model: Llama) -> None:
         """Compare the headers with an empty model, before memory is spent.
 
+        Tensors that model.py does not load, because it computes them, must hold what it computes.
+
         Raises:
-            CheckpointError: a tensor is missing, unknown or of another shape; the message names it.
+            CheckpointError: a tensor is missing, unknown, of another shape or contradicts
+                config.json; the message names it.
         """
         parameters = dict(model.named_parameters())
-        recomputed = "rotary_emb.inv_freq"  # a buffer that model.py does not load
-        extra = {n for n in self.files if n not in parameters and not n.endswith(recomputed)}
-        if model.config.tie_word_embeddings:
-            extra.discard("lm_head.weight")
+        extra = self.files.keys() - parameters.keys()
+        frequencies = {name for name in extra if name.endswith("rotary_emb.inv_freq")}
+        tied = {"lm_head.weight"} & extra if model.config.tie_word_embeddings else set()
+        extra -= frequencies | tied
         missing = parameters.keys() - self.files.keys()
         for problem, names in (("missing", missing), ("not a tensor of this model", extra)):
             if names:
@@ -343,6 +250,38 @@ class Weights:
             if shape != expected:
                 problem = f"{name} has shape {shape}, config.json says {expected}"
                 raise CheckpointError(f"{path}: {problem}")
+        for name in tied:
+            if not self._equal(name, "model.embed_tokens.weight"):
+                problem = f"{name} is not the embedding, though tie_word_embeddings is true"
+                raise CheckpointError(f"{self.files[name][0]}: {problem}: set that to false")
+        for name in frequencies:
+            self._check_frequencies(name, model.config)
+
+    def _equal(self, first: str, second: str) -> bool:
+        """Say whether two tensors hold the same numbers; read a few rows at a time."""
+        (path, shape), (other_path, other_shape) = self.files[first], self.files[second]
+        if shape != other_shape:
+            return False
+        with safe_open(path, framework="pt") as a, safe_open(other_path, framework="pt") as b:
+            slices = a.get_slice(first), b.get_slice(second)
+            rows = (slice(start, start + 4096) for start in range(0, shape[0], 4096))
+            return all(torch.equal(*(x[r].float() for x in slices)) for r in rows)
+
+    def _check_frequencies(self, name: str, config: Config) -> None:
+        """Compare a buffer that older versions of transformers saved with what model.py computes.
+
+        Raises:
+            CheckpointError: they differ by more than bfloat16 rounds.
+        """
+        path = self.files[name][0]
+        cos, sin = rotary_table(config, torch.ones(1))  # at position 1 an angle is its frequency
+        expected = torch.atan2(sin, cos).flatten()
+        with safe_open(path, framework="pt") as handle:
+            saved = handle.get_tensor(name).float()
+        close = {"rtol": 2**-8, "atol": 1e-7}
+        if saved.shape != expected.shape or not torch.allclose(saved, expected, **close):
+            problem = f"{name} contradicts rope_theta = {config.rope_theta} in config.json"
+            raise CheckpointError(f"{path}: {problem}: correct one or delete the tensor")
 
     def copy_into(self, model: Llama) -> None:
         """Fill every parameter in place, sharded or not. Each rank reads only the rows it holds.
@@ -416,17 +355,18 @@ def save(
     model: Llama,
     source: Path,
     out: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     write: bool = True,
     shard_bytes: int = 5 * 10**9,
     replace: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write `out` as a Hugging Face folder: weights in `dtype`, their index, config and tokenizer.
 
-    Every rank must call it under FSDP; only the rank with `write` writes. One file at a time is
-    gathered in memory, of at most `shard_bytes` bytes or of a single tensor. Config and tokenizer
-    files come from `source`, but `replace` maps file names to contents that take their place. The
-    folder appears under its name only once it is complete and on disk.
+    `dtype` is one for all parameters, or a map from their names, such as `Weights.dtypes`. Every
+    rank must call it under FSDP; only the rank with `write` writes. One file at a time is gathered
+    in memory, of at most `shard_bytes` bytes or of a single tensor. Config and tokenizer files come
+    from `source`, but `replace` maps file names to contents that take their place. The folder
+    appears under its name only once it is complete and on disk.
 
     Raises:
         FileExistsError: `out` exists.
@@ -438,11 +378,12 @@ def save(
     if write:
         _start_folder(temporary, source, replace or {})
     parameters = dict(model.named_parameters())
-    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(parameters, dtype)
+    sizes = {name: p.numel() * dtypes[name].itemsize for name, p in parameters.items()}
     shards = _split_into_shards(sizes, shard_bytes)
     for file, names in shards.items():
         shard = {name: parameters[name] for name in names}
-        tensors = dict(whole_tensors(shard, dtype, keep=write))
+        tensors = dict(whole_tensors(shard, dtypes, keep=write))
         if write:
             try:
                 save_file(tensors, temporary / file, metadata={"format": "pt"})
@@ -453,7 +394,7 @@ def save(
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (temporary / INDEX).write_text(json.dumps(index, indent=2))
         _publish(temporary, out)
 
 
@@ -502,9 +443,9 @@ def _publish(temporary: Path, out: Path) -> None:
 
 
 def whole_tensors(
-    parameters: Mapping[str, Tensor], dtype: torch.dtype, keep: bool
+    parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], keep: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter gathered from its shards, as `dtype`, on the CPU.
+    """Yield each parameter gathered from its shards, in its dtype, on the CPU.
 
     A rank without `keep` takes part in gathering but yields nothing.
     """
@@ -512,4 +453,4 @@ def whole_tensors(
         whole = parameter.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if keep:
-            yield name, whole.to("cpu", dtype).contiguous()
+            yield name, whole.to("cpu", dtypes[name]).contiguous()

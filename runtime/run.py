@@ -195,9 +195,9 @@ class Run:
         """
         after = self.evaluate(len(self.inputs.steps))
         inputs, model = self.inputs, self.out / "model"
-        source, dtype = inputs.source, inputs.weights.dtype
+        source, dtypes = inputs.source, inputs.weights.dtypes
         replace = self.companions
-        checkpoint.save(self.policy, source, model, dtype, is_rank_0(), replace=replace)
+        checkpoint.save(self.policy, source, model, dtypes, is_rank_0(), replace=replace)
         return {
             "out": self.out,
             "model": model,

@@ -16,11 +16,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import configs
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from configs import transformers_logits
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -47,16 +49,6 @@ NEEDS_SMOLLM2 = pytest.mark.skipif(
     "SIMPO_SMOLLM2" not in os.environ,
     reason="SIMPO_SMOLLM2 does not name a folder with SmolLM2-135M",
 )
-
-
-def transformers_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
-    """Return transformers' logits [T, V] in float32."""
-    from transformers import AutoModelForCausalLM
-
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0]
 
 
 @pytest.mark.parametrize("dialect", [4, 5])
@@ -722,11 +714,15 @@ def test_unsupported_config_is_refused(change, tmp_path):
 
 
 def test_redundant_tensors_are_accepted(tmp_path):
-    """An lm_head beside a tied embedding, and buffers that transformers once saved, are ignored."""
-    tiny.write(tmp_path, tiny.FAMILIES["llama-3.2"])
+    """A copy of the tied embedding, and frequencies that transformers once saved, are ignored."""
+    tiny.write(tmp_path, tiny.FAMILIES["smollm2"])
     expected = tiny.logits(checkpoint.load(tmp_path), SEQUENCE)
-    set_tensor("lm_head.weight", torch.zeros(97, 64))(tmp_path)
-    set_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(8))(tmp_path)
+    embedding = load_file(tmp_path / FILE)["model.embed_tokens.weight"]
+    set_tensor("lm_head.weight", embedding.clone())(tmp_path)
+    frequencies = 100000.0 ** -(torch.arange(0, 16, 2) / 16)
+    for layer, dtype in enumerate((torch.bfloat16, torch.float16)):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        set_tensor(name, frequencies.to(dtype))(tmp_path)
     assert torch.equal(tiny.logits(checkpoint.load(tmp_path), SEQUENCE), expected)
 
 
@@ -744,7 +740,7 @@ def test_files_of_any_precision(shards, dtype, tmp_path):
         write_index(weight_map)(tmp_path)
         (tmp_path / FILE).unlink()
     model = checkpoint.load(tmp_path)
-    assert Weights(tmp_path).dtype == dtype
+    assert set(Weights(tmp_path).dtypes.values()) == {dtype}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     for name, p in model.named_parameters():
         assert torch.equal(p, expected[name].float()), name
@@ -865,21 +861,30 @@ def shard_load_save(rank: int, folder: Path, out: Path) -> None:
     expected = load_file(folder / FILE)
     for name, p in model.named_parameters():
         assert isinstance(p, DTensor) and torch.equal(p.full_tensor(), expected[name]), name
-    checkpoint.save(model, folder, out, torch.bfloat16, write=rank == 0, shard_bytes=5_000)
+    dtypes = Weights(folder).dtypes
+    checkpoint.save(model, folder, out, dtypes, write=rank == 0, shard_bytes=5_000)
     dist.destroy_process_group()
 
 
 def test_sharded_load_and_save(tmp_path):
-    """Uneven and empty shards load the file's tensors, and save the files that one rank saves."""
+    """Uneven and empty shards load the file's tensors, and save the files that one rank saves.
+
+    Every tensor is saved in its own dtype, to the bit.
+    """
     folder = tiny.write(tmp_path / "source", tiny.FAMILIES["llama-2"] | UNEVEN)
+    tensors = configs.mix_dtypes(load_file(folder / FILE))
+    save_file(tensors, folder / FILE)
     torch.multiprocessing.spawn(shard_load_save, (folder, tmp_path / "many"), nprocs=RANKS)
     model = checkpoint.load(folder)
-    checkpoint.save(model, folder, tmp_path / "one", torch.bfloat16, shard_bytes=5_000)
+    checkpoint.save(model, folder, tmp_path / "one", Weights(folder).dtypes, shard_bytes=5_000)
     many, one = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("many", "one")
     )
     assert many == one and len(many) > 3
+    saved = [load_file(path) for path in (tmp_path / "many").glob("*.safetensors")]
+    for name, tensor in {name: t for shard in saved for name, t in shard.items()}.items():
+        assert tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name]), name
 
 
 def record_logits() -> None:
