@@ -1,6 +1,6 @@
 """From preference pairs in text to packed micro-batches of tokens.
 
-    formats/records.py   a record in any known format  →  Example               text
+    formats/schemas.py   a record in any known format  →  Example               text
     encode               Example                       →  Pair                  token ids
     batches              number of pairs               →  the pairs of a step   indices
     micro_batches        the pairs of a step           →  [round][rank]         who computes what

@@ -37,7 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from tokenizing import cpu
 
-from formats.records import parse_record, read_records
+from formats.records import read_records
+from formats.schemas import parse_record
 
 ALPACA_EVAL, MT_BENCH = "alpaca_eval.json", "mt_bench_question.jsonl"
 SAMPLES, CANDIDATE_TOKENS, ANSWER_TOKENS = 4, 80, 128

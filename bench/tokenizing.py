@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Example, Pair, encode
-from formats.records import Dropped, parse_record, read_records
+from formats.records import read_records
+from formats.schemas import Dropped, parse_record
 from formats.tokenizer import Tokenizer
 
 BATCH, MAX_LENGTH, MAX_PROMPT_LENGTH = 256, 2048, 1800  # as in train.py

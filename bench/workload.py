@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 from data import Pair, encode
 from formats.checkpoint import read_config, save
 from formats.errors import DataError
-from formats.records import Dropped, parse_record, read_records
+from formats.records import read_records
+from formats.schemas import Dropped, parse_record
 from formats.tokenizer import Tokenizer
 from model import Llama
 

@@ -30,7 +30,7 @@ id for id. TRL is the CPOTrainer of release 1.16, which trains SimPO there.
   token.
 * A BOS that a template writes is cut from the prompt's text, with one space after it, and put first
   as an id. The templates in recipes/ write BOS, for sampling, and those of the authors do not.
-* Without a template, texts are used as they are. What formats/records.py drops stays dropped.
+* Without a template, texts are used as they are. What formats/schemas.py drops stays dropped.
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ import numpy as np
 import data
 from data import Example, Pair
 from formats.errors import DataError
-from formats.records import ASSISTANT_MARK
+from formats.schemas import ASSISTANT_MARK
 from formats.tokenizer import Tokenizer, as_messages
 
 Encoder = Callable[[list[Example], Tokenizer, int, int, Counter], list[Pair]]

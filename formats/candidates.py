@@ -9,7 +9,7 @@
 A candidate file holds every record of --prompts with its `responses`. `finished` says whether the
 model ended each of them; `generation` has the settings they were made with, and a digest of the
 model. Add a list of `scores` from any scorer, and train.py trains on the best response against the
-worst (formats/records.py). With --format, `finish` writes the answer file of a benchmark instead
+worst (formats/schemas.py). With --format, `finish` writes the answer file of a benchmark instead
 (formats/benchmarks.py). sample.py decodes.
 """
 
@@ -27,7 +27,8 @@ from formats.benchmarks import Benchmark
 from formats.checkpoint import content_files
 from formats.errors import DataError
 from formats.files import digests, parse_json, reading
-from formats.records import check_prompt, read_records
+from formats.records import read_records
+from formats.schemas import check_prompt
 from formats.tokenizer import Tokenizer
 
 PATHS = ("model", "chat_template")  # compared by their content, so a model may have been moved
@@ -146,7 +147,8 @@ def prompt_of(record: dict, where: str) -> str | Messages:
     field = "prompt" if record.get("prompt") is not None else "messages"
     if record.get(field) is None:
         raise DataError(f"{where}: no 'prompt' or 'messages' field")
-    return check_prompt(record[field], where, field)
+    beside = {name: value for name, value in record.items() if name != field}
+    return check_prompt(record[field], where, field, beside)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
-"""Read data sets: files of any known kind to records, records of any known format to `Example`.
+"""Read data sets: from a name to files, and from files of any known kind to records.
 
     data_files      the argument of --data   →  paths
     read_records    the same                 →  (where, record)     where = "pairs.jsonl:17"
-    parse_record    one record               →  (format, Example)   prompt and responses, as text
 
-A new file type starts in `_read_file` and `hub.SUFFIXES`, a new record format in `_parse_pair` or
-`_parse_single`. `where` goes along with every record, so that each error names file and line. Read
-formats/tokenizer.py next, which turns the text of an `Example` into tokens.
+A new file type starts in `_read_file` and `hub.SUFFIXES`. `where` goes along with every record, so
+that each error names file and line. Read formats/schemas.py next, which makes an `Example` of a
+record.
 """
 
 import gzip
@@ -15,13 +14,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data import Example, Messages
 from formats.errors import DataError
 from formats.files import parse_json, reading
 from formats.hub import SUFFIXES, from_hub
 
+SPLIT_WORDS = {"train", "test", "valid", "validation", "val", "dev", "eval", "heldout"}
 LONGEST_LINE = 2**26  # bytes of one record; a small .gz may unpack to a line of any length
-ASSISTANT_MARK = "\n\nAssistant:"  # opens the assistant's turn in HH-RLHF's transcripts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -33,8 +31,8 @@ def data_files(name: str) -> list[Path]:
 
     `name` is a file, a folder or a hub id `owner/name[@revision]`. `NAME:SPLIT` selects the files
     named after the split (train-00000-of-00003.parquet belongs to train) or in a folder named after
-    it. A hub data set with several splits requires one, so nobody trains on the test split by
-    accident.
+    it. A data set with several splits requires one, so nobody trains on the test split by accident.
+    In a folder, files are splits if one of them is called train, test or the like.
 
     Raises:
         DataError: there are no such files, a split must be chosen, or a part of one is missing.
@@ -51,7 +49,8 @@ def data_files(name: str) -> list[Path]:
     def choose(files: list[str]) -> list[str]:
         splits = {file: _split_of(Path(file)) for file in sorted(files) if file.endswith(SUFFIXES)}
         names = sorted(set(splits.values()))
-        if not split and len(names) > 1 and not local.exists():
+        splits_of_folder = any(SPLIT_WORDS & set(re.split("[^a-z]+", name)) for name in names)
+        if not split and len(names) > 1 and (splits_of_folder or not local.exists()):
             listed = ", ".join(names)
             raise DataError(f"{name}: holds several splits, {listed}: pass one as {root}:SPLIT")
         chosen = [
@@ -164,181 +163,3 @@ def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
                 with reading(where, DataError, "not JSON"):
                     record = parse_json(line)
                 yield where, record
-
-
-# --------------------------------------------------------------------------------------------------
-# Records → examples
-
-
-class Dropped(Exception):
-    """Says why a sound record cannot teach anything. It is counted and left out, never an error."""
-
-
-def parse_record(record: dict, where: str, paired: bool = True) -> tuple[str, Example]:
-    """Recognize the format of a record; return the format's name and the example.
-
-    A field that is null counts as absent. Formats of pairs:
-
-    messages      chosen, rejected: message lists that both hold the prompt (UltraFeedback)
-    explicit      prompt + chosen + rejected: strings, or message lists
-    transcripts   chosen, rejected: strings that share a prompt up to the last "\\n\\nAssistant:"
-                  (HH-RLHF)
-    candidates    prompt + responses + scores: the best against the worst
-
-    With `paired=False`, for SFT, the example has one response: that of `messages` which end with
-    the assistant's, of `prompt` + `completion`, or the chosen one of a pair.
-
-    Raises:
-        DataError: the record is malformed.
-        Dropped: the record is sound but useless, such as a pair of equal responses.
-    """
-    fields = {key for key, value in record.items() if value is not None}
-    if not paired and ("messages" in fields or {"prompt", "completion"} <= fields):
-        return _parse_single(record, fields, where)
-    if {"prompt", "responses", "scores"} <= fields and "chosen" not in fields:
-        kind, example = "candidates", _from_candidates(record, where)
-    else:
-        for key in ("chosen", "rejected"):
-            if key not in fields:
-                expected = "expected chosen and rejected, or prompt, responses and scores"
-                expected += "" if paired else ", or messages, or prompt and completion"
-                raise DataError(f"{where}: no {key!r} field; {expected}")
-        kind, example = _parse_pair(record, fields, where)
-    chosen, rejected = example.responses
-    if not chosen.strip() or not rejected.strip():
-        raise Dropped("an empty response")
-    if chosen == rejected:
-        raise Dropped("chosen equal to rejected")
-    if not paired:
-        example = example._replace(responses=(chosen,), finished=example.finished[:1])
-    return kind, example
-
-
-def _parse_single(record: dict, fields: set[str], where: str) -> tuple[str, Example]:
-    """Parse a record that holds one response: `messages`, or `prompt` and `completion`."""
-    prompt: str | Messages
-    if "messages" in fields:
-        kind = "messages"
-        prompt, response = _split_messages(record["messages"], where, "messages")
-    else:
-        kind, prompt = "completions", check_prompt(record["prompt"], where)
-        response = _response(record["completion"], where, "completion")
-    if not response.strip():
-        raise Dropped("an empty response")
-    return kind, Example(prompt, (response,), where)
-
-
-def _parse_pair(record: dict, fields: set[str], where: str) -> tuple[str, Example]:
-    """Parse a record with the fields `chosen` and `rejected`."""
-    chosen, rejected = record["chosen"], record["rejected"]
-    if type(chosen) is not type(rejected):
-        types = f"chosen is a {type(chosen).__name__} and rejected a {type(rejected).__name__}"
-        raise DataError(f"{where}: {types}")
-    if isinstance(chosen, list) and len(chosen) > 1:
-        return "messages", _from_messages(chosen, rejected, where)
-    if "prompt" in fields:
-        responses = _response(chosen, where, "chosen"), _response(rejected, where, "rejected")
-        return "explicit", Example(check_prompt(record["prompt"], where), responses, where)
-    if isinstance(chosen, str):
-        return "transcripts", _from_transcripts(chosen, rejected, where)
-    raise DataError(f"{where}: no 'prompt' field, and chosen holds no prompt either")
-
-
-def _from_messages(chosen: object, rejected: object, where: str) -> Example:
-    """Parse two message lists that differ in the last message, the assistant's, only."""
-    prompt, chosen_response = _split_messages(chosen, where, "chosen")
-    other_prompt, rejected_response = _split_messages(rejected, where, "rejected")
-    if prompt != other_prompt:
-        problem = "chosen and rejected answer different prompts"
-        raise DataError(f"{where}: {problem} (they may differ in the last message only)")
-    return Example(prompt, (chosen_response, rejected_response), where)
-
-
-def _from_transcripts(chosen: str, rejected: str, where: str) -> Example:
-    """Split two transcripts where they part: after the last mark that they have in common."""
-    cut = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT_MARK)
-    if cut < 0:
-        missing = f"no 'prompt' field, and no common text up to {ASSISTANT_MARK!r}"
-        raise DataError(f"{where}: chosen and rejected share no prompt: {missing}")
-    cut += len(ASSISTANT_MARK)
-    if any("\n\nHuman:" in text[cut:] for text in (chosen, rejected)):
-        raise Dropped("a conversation that goes on after the two part")
-    return Example(chosen[:cut], (chosen[cut:], rejected[cut:]), where)
-
-
-def _from_candidates(record: dict, where: str) -> Example:
-    """Make a pair of the candidate with the highest score and the one with the lowest."""
-    responses, scores = record["responses"], record["scores"]
-    both_lists = isinstance(responses, list) and isinstance(scores, list)
-    if not both_lists or len(responses) != len(scores) or len(scores) < 2:
-        expected = "expected two lists of one length, at least 2"
-        raise DataError(f"{where}: responses and scores: {expected}")
-    if not all(isinstance(score, (int, float)) and score == score for score in scores):
-        raise DataError(f"{where}: scores: expected numbers")
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    if best == worst:
-        raise Dropped("candidates that all score the same")
-    texts = tuple(_response(responses[i], where, f"responses[{i}]") for i in (best, worst))
-    finished = record.get("finished")
-    if finished is None:
-        return Example(check_prompt(record["prompt"], where), texts, where)
-    known = isinstance(finished, list) and len(finished) == len(responses)
-    if not known or not all(isinstance(done, bool) for done in finished):
-        raise DataError(f"{where}: finished: expected true or false for every response")
-    prompt, ends = check_prompt(record["prompt"], where), (finished[best], finished[worst])
-    return Example(prompt, texts, where, ends)
-
-
-# --------------------------------------------------------------------------------------------------
-# The parts of a record
-
-
-def check_prompt(value: object, where: str, field: str = "prompt") -> str | Messages:
-    """Return a prompt: a string, or a message list that the assistant has yet to answer.
-
-    Raises:
-        DataError: it is neither, or not valid Unicode. The message names `where` and `field`.
-    """
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{where}: {field}: not valid Unicode text") from None
-        return value
-    messages = _check_messages(value, where, field)
-    if messages[-1]["role"] == "assistant":
-        problem = "ends with the assistant's message, so there is nothing to answer"
-        raise DataError(f"{where}: {field}: {problem}")
-    return messages
-
-
-def _check_messages(value: object, where: str, field: str) -> Messages:
-    """Return a non-empty list of {"role": str, "content": str}, without any other keys."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {field}: expected a list of messages")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            expected = "expected a message with role and content as strings"
-            raise DataError(f"{where}: {field}[{i}]: {expected}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _response(value: object, where: str, field: str) -> str:
-    """Return the text of a response, which is a string or a list of one assistant message."""
-    if isinstance(value, str):
-        return value
-    messages = _check_messages(value, where, field)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise DataError(f"{where}: {field}: expected one assistant message")
-    return messages[0]["content"]
-
-
-def _split_messages(value: object, where: str, field: str) -> tuple[Messages, str]:
-    """Split a message list into the prompt and the text of the assistant message at its end."""
-    messages = _check_messages(value, where, field)
-    if [message["role"] == "assistant" for message in messages[-2:]] != [False, True]:
-        expected = "expected a prompt and then one assistant message at the end"
-        raise DataError(f"{where}: {field}: {expected}")
-    return messages[:-1], messages[-1]["content"]

@@ -28,7 +28,7 @@ from data import Example, Messages
 from formats import fidelity, special_tokens, template
 from formats.errors import DataError
 from formats.files import read_json, reading
-from formats.records import ASSISTANT_MARK
+from formats.schemas import ASSISTANT_MARK
 
 MOST_TOKENS = 2**20  # the library walks all ids up to the last one, which may be four billion
 

@@ -1,7 +1,7 @@
 """Read what a run is given, before anything is written: model files, tokenizer and pairs.
 
 `open_inputs` reads them for training; `dry_run` reads as much as is on this machine and prints it.
-Read formats/records.py and formats/tokenizer.py next: `load_pairs` spreads their work over ranks.
+Read formats/schemas.py and formats/tokenizer.py next: `load_pairs` spreads their work over ranks.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import Example, Pair, batches
-from formats import hub, records
+from formats import hub, records, schemas
 from formats.authors import Encoder, encoder
 from formats.checkpoint import Weights, checkpoint_folder, read_config
 from formats.errors import DataError
@@ -160,19 +160,24 @@ def read_examples(name: str, settings: Settings) -> tuple[list[Example], Counter
     counts: Counter = Counter()
     examples, first_dropped, refused = [], "", []
     paired = OBJECTIVES[settings.objective].responses == 2
+    columns = settings.named_columns
     for where, record in records.read_records(name):
         counts["records"] += 1
         try:
-            kind, example = records.parse_record(record, where, paired)
+            kind, example = schemas.parse_record(record, where, paired, columns)
             counts[f"format: {kind}"] += 1
             examples.append(example)
-        except records.Dropped as e:
+        except schemas.Dropped as e:
             counts[f"dropped: {e}"] += 1
             first_dropped = first_dropped or f"; the first, {where}: {e}"
         except DataError as e:
             if not settings.skip_unusable:
                 raise
             refused.append(str(e))
+    if name == settings.data and (missing := columns.missing()):
+        raise DataError(f"{name}: --columns or --ignore-columns: no record has {missing}")
+    if columns.unknown:
+        print0(f"{name}: ignored without knowing what it is: column {', '.join(columns.unknown)}")
     return examples, counts, first_dropped, refused
 
 

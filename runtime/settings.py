@@ -23,6 +23,7 @@ import torch
 
 from formats.errors import DataError
 from formats.files import reading
+from formats.schemas import FORMATS, Columns
 from methods.objectives import OBJECTIVES, hyperparameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,11 +100,25 @@ class Settings:
     data: str = option(
         None,
         "training pairs: .jsonl, .json, .jsonl.gz or .parquet, a folder of such files, or a hub "
-        "id NAME[:SPLIT][@REVISION]",
+        "id NAME[:SPLIT][@REVISION]. Known formats: "
+        + "; ".join(f"{row.columns} ({row.users})" for row in FORMATS),
         metavar="PAIRS",
     )
     eval_data: str | None = option(
         None, "held-out pairs, as for --data; evaluated before and after training", metavar="PAIRS"
+    )
+    columns: str | None = option(
+        None,
+        "what columns of other formats are: TARGET=SOURCE,…, as in prompt=question,chosen=good,"
+        "rejected=bad; a source may be a path, such as answers.0.text",
+        metavar="NAMES",
+        may_change=True,
+    )
+    ignore_columns: str | None = option(
+        None,
+        "columns, and keys of messages, that may be ignored although they say something: A,B,…",
+        metavar="NAMES",
+        may_change=True,
     )
     chat_template: str | None = option(
         None,
@@ -355,6 +370,11 @@ class Settings:
         return dataclasses.replace(self, dtype=auto if self.dtype == "auto" else self.dtype)
 
     @property
+    def named_columns(self) -> Columns:
+        """Return --columns and --ignore-columns, read anew."""
+        return Columns.of(self.columns, self.ignore_columns)
+
+    @property
     def gamma(self) -> float | None:
         """Return the absolute margin, in units of reward; None without a ratio or a β."""
         if self.gamma_beta_ratio is None or self.beta is None:
@@ -365,6 +385,10 @@ class Settings:
         """Return the first conflict between two settings, in words; None if there is none."""
         if self.model is None or self.data is None:
             return "--model and --data belong together; without both, the toy is trained"
+        try:
+            _ = self.named_columns
+        except DataError as e:
+            return str(e)
         own = OBJECTIVES[self.objective].defaults
         for name, users in hyperparameters().items():
             if getattr(self, name) is not None and name not in own:

@@ -14,6 +14,7 @@ from formats import hub, records
 from formats.authors import encoder
 from formats.checkpoint import COMPANIONS, check_folder
 from formats.errors import DataError
+from formats.schemas import Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from runtime.processes import print0
@@ -45,12 +46,13 @@ def show_records(settings: Settings, tokenizer: Tokenizer, count: int) -> None:
     encode = encoder(settings.like_authors)
     limits = settings.max_length, settings.max_prompt_length
     paired = OBJECTIVES[settings.objective].responses == 2
+    columns = settings.named_columns
     for where, record in itertools.islice(records.read_records(settings.data), count):
         counts: Counter = Counter()
         try:
-            kind, example = records.parse_record(record, where, paired)
+            kind, example = parse_record(record, where, paired, columns)
             pairs = encode([example], tokenizer, *limits, counts)
-        except records.Dropped as e:
+        except Dropped as e:
             print0(f"{where}: dropped: {e}\n")
             continue
         except DataError as e:

@@ -43,7 +43,8 @@ from data import Pair
 from formats import checkpoint
 from formats.authors import encoder
 from formats.errors import CheckpointError, DataError, InputError
-from formats.records import Dropped, parse_record, read_records
+from formats.records import read_records
+from formats.schemas import Columns, Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES, hyperparameters, pair_losses
 from model import Llama
@@ -211,6 +212,7 @@ def read_pairs(
     max_prompt_length: int,
     like_authors: bool = False,
     limit: int | None = None,
+    columns: Columns | None = None,
 ) -> tuple[list[Pair], Counter]:
     """Read the pairs of a file, a folder or a hub data set, and cut them as training does.
 
@@ -223,7 +225,7 @@ def read_pairs(
     examples, counts = [], Counter[str]()
     for where, record in itertools.islice(read_records(name), limit):
         try:
-            examples.append(parse_record(record, where)[1])
+            examples.append(parse_record(record, where, columns=columns)[1])
         except Dropped as e:
             counts[f"dropped: {e}"] += 1
     encode = encoder(like_authors)
@@ -300,7 +302,8 @@ def score_checkpoint(source: Path, name: str, settings: Settings) -> tuple[Tenso
     tokenizer.check_fits(checkpoint.read_config(source).vocab_size)
     assert settings.max_prompt_length  # Settings derives it from max_length
     lengths = settings.max_length, settings.max_prompt_length
-    pairs, counts = read_pairs(name, tokenizer, *lengths, settings.like_authors)
+    like_authors, columns = settings.like_authors, settings.named_columns
+    pairs, counts = read_pairs(name, tokenizer, *lengths, like_authors, columns=columns)
     for what, n in counts.items():
         print(f"{name}: {n} {what}", file=sys.stderr)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -80,8 +80,8 @@ def read(source: Path, flags: argparse.Namespace, settings: Settings) -> tuple[l
     tokenizer = Tokenizer(source, read_template(settings.chat_template))
     tokenizer.check_fits(checkpoint.read_config(source).vocab_size)
     assert settings.max_prompt_length  # Settings derives it from max_length
-    lengths = settings.max_length, settings.max_prompt_length
-    return read_pairs(flags.data, tokenizer, *lengths, settings.like_authors, flags.limit)
+    rules = settings.max_length, settings.max_prompt_length, settings.like_authors
+    return read_pairs(flags.data, tokenizer, *rules, flags.limit, settings.named_columns)
 
 
 def ids(pair: Pair) -> list[list[int]]:

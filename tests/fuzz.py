@@ -43,7 +43,8 @@ import torch
 from data import encode, pack
 from formats.checkpoint import Weights, checkpoint_folder, load, read_config
 from formats.errors import CheckpointError, DataError
-from formats.records import Dropped, parse_record, read_records
+from formats.records import read_records
+from formats.schemas import Columns, Dropped, parse_record
 from formats.tokenizer import Tokenizer
 from model import Llama
 
@@ -362,6 +363,7 @@ def write_base(base: Path) -> None:
     """Write a sound tiny checkpoint, and the same pairs in every kind of data file."""
     # test_data trains tokenizers when it is imported, and a child process needs none.
     import test_data
+    import test_schemas
 
     import tiny
 
@@ -391,6 +393,7 @@ def write_base(base: Path) -> None:
         test_data.ULTRAFEEDBACK[0],
         {"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 2.5]},
         {"chosen": transcript + " Yes.", "rejected": transcript + " No."},
+        *(schema.record for schema in test_schemas.READ[3::3]),
     ]
     (base / "data").mkdir()
     for name in DATA:
@@ -412,6 +415,11 @@ def read_everything(folder: Path, base: Path) -> None:
     examples = []
     source_of_data = own_data if own_data.exists() else base / "data" / "data.jsonl"
     for where, record in read_records(str(source_of_data)):
+        for columns in (None, Columns({"prompt": "question", "chosen": "good"}, ("critique",))):
+            try:
+                parse_record(record, where, paired=False, columns=columns)
+            except (DataError, Dropped):  # other flags than those that the record was made for
+                pass
         try:
             examples.append(parse_record(record, where)[1])
         except Dropped:

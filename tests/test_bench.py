@@ -21,7 +21,8 @@ import workload
 from data import Pair, assign
 from formats.checkpoint import load
 from formats.errors import DataError
-from formats.records import parse_record, read_records
+from formats.records import read_records
+from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
 from train import response_logps
 

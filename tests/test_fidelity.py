@@ -34,7 +34,7 @@ import sample
 import train
 from formats import template
 from formats.errors import DataError
-from formats.records import parse_record
+from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
 from runtime import inputs
 from runtime.settings import Settings
@@ -245,7 +245,7 @@ def test_reasoning_of_earlier_turns_may_go(tmp_path):
 GOOD = {"prompt": "describe the fox .", "chosen": "the fox runs away .", "rejected": "the fox ."}
 BAD = {  # the toy's template refuses system messages
     "refused by the template": GOOD | {"prompt": [system("Be brief."), user("describe the fox .")]},
-    "an unknown role": GOOD | {"prompt": [{"role": "human", "content": "describe the fox ."}]},
+    "an unknown role": GOOD | {"prompt": [{"role": "narrator", "content": "describe the fox ."}]},
     "malformed": {"prompt": "describe the fox .", "chosen": 1, "rejected": 2},
     "rendered": GOOD | {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
 }

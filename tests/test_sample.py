@@ -23,7 +23,7 @@ import sample
 import tiny
 from formats.checkpoint import load
 from formats.errors import DataError
-from formats.records import parse_record
+from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
 from model import Llama
 from sample import generate, pick

@@ -10,7 +10,8 @@ from test_train import TOY, arguments, fails
 
 import train
 from data import encode
-from formats.records import parse_record, read_records
+from formats.records import read_records
+from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
 from runtime.show import printable
 
@@ -60,7 +61,7 @@ def test_a_dry_run_ends_with_a_pair(monkeypatch, capsys, tmp_path):
 
 
 def test_an_unusable_record_is_shown_as_dropped(monkeypatch, capsys, tmp_path):
-    odd = GOOD | {"prompt": [{"role": "human", "content": "describe the fox ."}]}
+    odd = GOOD | {"prompt": [{"role": "narrator", "content": "describe the fox ."}]}
     out = shown(monkeypatch, capsys, tmp_path, odd, GOOD, skip_unusable=0.9)
     assert "dropped: unusable: " in out and "pairs.jsonl:1: prompt[0]: " in out
     assert "pairs.jsonl:2: explicit" in out

@@ -19,7 +19,8 @@ import make
 import world
 from data import batches
 from formats.checkpoint import load
-from formats.records import parse_record, read_records
+from formats.records import read_records
+from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
