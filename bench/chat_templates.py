@@ -180,7 +180,9 @@ def report(table: dict[str, dict[str, str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     flags = parser.parse_args()

@@ -101,3 +101,7 @@ def recorded() -> list[str]:
         rate = f"{statistics.mean(rates):.1f} ± {statistics.stdev(rates):.1f} %"
         lines += [f"  {method:14} win rate {rate}, length {statistics.mean(lengths):.1f}"]
     return [*lines, *LESSON]
+
+
+if __name__ == "__main__":
+    print(__doc__)
