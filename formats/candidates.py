@@ -265,7 +265,7 @@ class AnswerFile:
             return
 
         def count_tokens(text: str) -> int:
-            return len(tokenizer.backend.encode(text, add_special_tokens=False).ids)
+            return len(tokenizer.backend.encode([text])[0])
 
         answers = [self.benchmark.write_answer(r, name, count_tokens) for r in self.records]
         if self.benchmark.json_lines:

@@ -40,6 +40,13 @@ def reading(
         raise error(f"{path}: {what}: {e}") from None
 
 
+def regular(path: Path) -> Path:
+    """Return `path`. Raise OSError if it is, say, a pipe, on which a read may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path
+
+
 def parse_json(raw: bytes) -> object:
     """Parse UTF-8 JSON as Python does, but refuse what other readers would understand differently.
 
@@ -71,7 +78,7 @@ def read_json(path: Path, error: type[InputError], optional: bool = False) -> di
     with reading(path, error, "cannot be read as JSON"):
         if optional and not path.exists():
             return {}
-        value = parse_json(path.read_bytes())
+        value = parse_json(regular(path).read_bytes())
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object")
     return value

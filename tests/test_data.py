@@ -14,7 +14,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import data
 import formats.checkpoint
 import formats.hub
 import formats.records
-import formats.template
+import formats.sandbox
 from data import Example
 from formats.checkpoint import checkpoint_folder
 from formats.errors import CheckpointError, DataError
@@ -370,7 +369,7 @@ def encode(
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.backend.encode(text, add_special_tokens=False).ids
+    return tokenizer.backend.encode([text])[0]
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -706,11 +705,46 @@ def test_template_that_does_not_compile(tmp_path, source):
     not Path("/proc/self/limits").exists(), reason="/proc tells the limits of a process"
 )
 def test_templates_run_in_a_limited_process(tmp_path):
-    """A template runs in a process that can write no file and use at most 512 MiB."""
+    """A template runs in a process that can write no file and hold at most 512 MiB."""
     assert byte_level_tokenizer(tmp_path, SHOW).prompt_text("Hi", "") == "user: Hi</s>"
-    limits = Path(f"/proc/{formats.template._child.pid}/limits").read_text()
+    limits = Path(f"/proc/{formats.sandbox.TEMPLATES.child.pid}/limits").read_text()
     assert re.search(r"Max file size +0 +0 ", limits)
-    assert re.search(rf"Max address space +{2**29} ", limits)
+    assert re.search(rf"Max data size +{2**29} ", limits)
+
+
+def test_templates_write_no_more_than_their_share(tmp_path):
+    """What a template writes for all conversations of a request is bounded, also in the parent."""
+    tokenizer = byte_level_tokenizer(tmp_path, from_third_message("{{ 'x' * 2**24 }}"))
+    memory = peak_memory()
+    with pytest.raises(DataError, match=REFUSED + "writes more than"):
+        tokenizer.texts([Example(THREE_TURNS, ("Yes.",), "pairs.jsonl:7")] * 64)
+    assert peak_memory() - memory < 2**18
+
+
+def test_what_is_long_is_not_stopped(tmp_path):
+    """A response of 6 MB is rendered and encoded, and much of it decoded at once."""
+    tokenizer = tokenizer_of(tmp_path, "ChatML")
+    long = "hello, again é " * (6 * 2**20 // 16)
+    [(_, [text])] = tokenizer.texts([Example("Hi", (long,), "")])
+    [ids] = tokenizer.encode_responses([text])
+    start = tokenizer.decode(ids[: 2**19])
+    assert text == long and long.startswith(start) and len(start) > 2**18
+
+
+@pytest.mark.parametrize("limit", ["CPU", "DATA", "FSIZE"])
+def test_limits_of_whoever_starts_it(limit):
+    """Under a finite hard limit, as after `ulimit -t 3600`, templates and tokenizers run."""
+    script = f"""if True:
+        import ctypes, resource
+        ctypes.CDLL(None).prctl(24, 24)  # also root may not raise a hard limit again
+        limit = resource.RLIMIT_{limit}
+        resource.setrlimit(limit, ({2**28 if limit == "DATA" else 60},) * 2)
+        from formats import sandbox
+        print(sandbox.render("{{{{ messages[0] }}}}", {{}}, [(["Hi"], True)]))
+    """
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['Hi']\n", done.stderr
 
 
 def test_template_that_refuses_a_conversation(tmp_path):
@@ -809,6 +843,15 @@ def test_where_templates_are_read_from(tmp_path):
     assert Tokenizer(folder, SHOW + "3").changed_files()["chat_template.jinja"] == SHOW + "3"
 
 
+@pytest.mark.parametrize("name", ["pipe", "folder", "/dev/zero", "no.jinja"])
+def test_template_that_is_no_file(tmp_path, name):
+    """--chat-template refuses what is no file: a pipe without a writer would never be read."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=f"{name}: (cannot be read: not a regular|no such) file"):
+        read_template(str(tmp_path / name))
+
+
 def test_base_checkpoint_without_template(tmp_path):
     """A base model reads plain text and ends with EOS; messages need --chat-template."""
     folder = write_checkpoint(tmp_path, byte_level(), None, "</s>")
@@ -839,7 +882,7 @@ def test_vocabulary_larger_than_the_embedding(tmp_path):
     # A tokenizer may be extended without its model. On a GPU, the read beyond the embedding would
     # give no message.
     tokenizer = tokenizer_of(tmp_path, "ChatML")
-    size = tokenizer.backend.get_vocab_size(with_added_tokens=True)
+    size = tokenizer.size
     tokenizer.check_fits(size)
     refused = f"the tokenizer has {size} tokens, the embedding {size - 1}"
     with pytest.raises(DataError, match=refused):
@@ -1060,14 +1103,34 @@ def test_bad_checkpoint_folder(tmp_path, files, message):
     assert "\n" not in str(error.value)
 
 
-REPEAT = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 1000}
-REPEATS = {"type": "Sequence", "normalizers": [REPEAT]}
+def replace(old: str, new: str, count: int = 1, kind: str = "decoders") -> dict:
+    """Return a stage that replaces one text by another, `count` times over."""
+    stage = {"type": "Replace", "pattern": {"String": old}, "content": new}
+    return {"type": "Sequence", kind: [stage] * count}
+
+
+def split(regex: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+BACKTRACKING_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Fuse"},
+        {"type": "Replace", "pattern": {"Regex": "(e|ee)+b"}, "content": ""},
+    ],
+}
 LIBRARY = {  # parts of a tokenizer.json that the library accepts when it reads the file
     "panics when it encodes": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "panics when it loads": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
     "makes a text a million times as long": {
-        "normalizer": {"type": "Sequence", "normalizers": [REPEATS] * 2}
+        "normalizer": replace("x", "x" * 1000, 2, "normalizers")
     },
+    "puts a million characters first": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "decodes without end": {"decoder": replace("e", "e" * 10, 12)},
+    "decodes to much": {"decoder": replace("e", "e" * 10, 3)},
+    "backtracks": {"pre_tokenizer": split("(a|aa)+b")},
+    "backtracks when it decodes": {"decoder": BACKTRACKING_DECODER},
     "has no unknown token": {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}},
     "has an id of four billion": {
         "model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 2**32 - 2}}
@@ -1076,14 +1139,22 @@ LIBRARY = {  # parts of a tokenizer.json that the library accepts when it reads 
 
 
 @pytest.mark.parametrize("case", LIBRARY)
-def test_tokenizer_that_breaks_the_library(tmp_path, case):
-    """A tokenizer that would make the library panic or work for minutes is refused at once."""
+def test_tokenizer_that_breaks_the_library(tmp_path, monkeypatch, case):
+    """A tokenizer that would make the library panic, or spend without bound, is stopped."""
     # A panic of the Rust library is no Exception, so `except Exception` lets it through.
-    spec = json.loads(byte_level()) | LIBRARY[case] | {"added_tokens": [], "post_processor": None}
-    began = time.process_time()
+    monkeypatch.setattr(formats.sandbox.TOKENIZERS, "seconds", 0.5)
+    spec = json.loads(byte_level()) | {"post_processor": None} | LIBRARY[case]
+    spec |= {"added_tokens": []} if "model" in LIBRARY[case] else {}
+    memory, seconds = peak_memory(), children_seconds()
     with pytest.raises(DataError, match=f"^{tmp_path}/tokenizer.json: ") as error:
-        Tokenizer(write_checkpoint(tmp_path, json.dumps(spec), CHATML, "</s>"))
-    assert "\n" not in str(error.value) and time.process_time() - began < 2
+        folder = write_checkpoint(tmp_path, json.dumps(spec), CHATML, "</s>")
+        tokenizer = Tokenizer(folder)
+        _, [ids], _ = encode(tokenizer, ("x" + "a" * 28) * 300, ("e" * 28 + ".") * 300)
+        tokenizer.decode(ids)
+    assert "\n" not in str(error.value)
+    assert peak_memory() - memory < 2**16 and children_seconds() - seconds < 5
+    (tmp_path / "tokenizer.json").write_text(byte_level())
+    assert Tokenizer(tmp_path).backend.encode(["hello"])[0]
 
 
 def test_links_of_a_checkpoint(tmp_path):
