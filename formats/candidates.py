@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from data import Messages
 from formats.benchmarks import Benchmark
 from formats.errors import DataError
-from formats.files import parse_json, reading
+from formats.files import dump_json, parse_json, reading
 from formats.records import check_prompt, read_records
 from formats.tokenizer import Tokenizer
 
@@ -271,7 +271,7 @@ class AnswerFile:
         if self.benchmark.json_lines:
             text = "".join(map(dump, answers))
         else:
-            text = json.dumps(answers, ensure_ascii=False, indent=2) + "\n"
+            text = dump_json(answers, ensure_ascii=False, indent=2) + "\n"
         whole = Path(f"{self.out}.whole")
         whole.write_text(text, encoding="utf-8")
         os.replace(whole, self.out)
@@ -280,7 +280,7 @@ class AnswerFile:
 
 def dump(record: dict) -> str:
     """Return one line of JSON. Types that JSON lacks, such as dates in parquet, become strings."""
-    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    return dump_json(record, ensure_ascii=False, default=str) + "\n"
 
 
 def model_name(model: str, generator: str | None = None) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from formats.errors import CheckpointError
-from formats.files import parse_json, read_json, reading, sync
+from formats.files import dump_json, parse_json, read_json, reading, sync
 from formats.hub import local_path
 from model import Config, Llama
 
@@ -441,7 +441,7 @@ def save(
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (temporary / "model.safetensors.index.json").write_text(dump_json(index, indent=2))
         _publish(temporary, out)
 
 

@@ -1,10 +1,12 @@
 """Read a stranger's files, and write ours so that they survive a crash.
 
 `reading` turns whatever goes wrong while a file is read into one error that names it. `parse_json`
-parses all JSON but tokenizer.json, which the tokenizers library reads.
+parses all JSON but tokenizer.json, which the tokenizers library reads; `dump_json` makes all JSON
+that is written.
 """
 
 import json
+import math
 import os
 import re
 import zlib
@@ -67,6 +69,22 @@ def parse_json(raw: bytes) -> object:
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def dump_json(value: object, **options) -> str:
+    """Return JSON text; `options` are those of json.dumps.
+
+    NaN and Infinity, which are no JSON, become null.
+    """
+
+    def finite(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: finite(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def read_json(path: Path, error: type[InputError], optional: bool = False) -> dict:

@@ -143,12 +143,12 @@ def _limit(limits: tuple[int, int, int]) -> None:
     set_limit(resource.RLIMIT_FSIZE, file_size, resource.RLIM_INFINITY)
     set_limit(resource.RLIMIT_DATA, memory, resource.RLIM_INFINITY)
 
-    def sleep(seconds: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    def patient_sleep(seconds: float, sleep: Callable = time.sleep) -> None:
         if seconds > 60:
             raise TimeoutError(f"the hub asks to wait {seconds:.0f} seconds")
         sleep(seconds)
 
-    time.sleep = sleep
+    time.sleep = patient_sleep  # type: ignore[assignment]
 
 
 def _stay_in(folders: list[str]) -> None:

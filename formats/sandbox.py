@@ -1,21 +1,23 @@
-"""Run chat templates and tokenizers, which strangers wrote, in processes with limits.
+"""Run chat templates, tokenizers and parquet files, which strangers made, in limited processes.
 
 A template is a program, and a tokenizer.json is one, too. Some that exceed any machine are a macro
 that calls itself twice, `10 ** 10 ** 10`, a list that holds the previous list twice, forty times
 over, a decoder that replaces each "e" by ten, eight times over, and a regular expression that
 backtracks. No list of forbidden operations is complete, so the kernel limits CPU time and memory of
-a child process: one for templates, in jinja2's immutable sandbox, and one for tokenizers. A child
-starts once, works for all callers, can write no file and ends with its parent. The parent limits
-how much a child may answer.
+a child process: one for templates, in jinja2's immutable sandbox, one for tokenizers, and one for
+the parquet files of a data set, which may unpack to far more than their size. A child can write no
+file and ends with its parent. The parent limits how much a child may answer.
 
     parent → child   length, marshal of (program or None for the last one, call, items, CPU seconds)
     child → parent   per item, once it is done: kind, length, bytes
 
 This file imports nothing of ours, because the child runs it as a script and must start fast. The
-caller is formats/tokenizer.py.
+callers are formats/tokenizer.py and formats/records.py.
 """
 
 import array
+import contextlib
+import importlib
 import json
 import marshal
 import math
@@ -87,7 +89,7 @@ class Sandbox:
                 self._loaded = None
                 raise
             except BaseException:  # such as Ctrl-C
-                self._end()  # the next caller must not get the rest of these answers
+                self.end()  # the next caller must not get the rest of these answers
                 raise
         return answers
 
@@ -106,7 +108,7 @@ class Sandbox:
             while len(answers) < done:
                 kind, length = pipe.read(1), int.from_bytes(_read(pipe, LENGTH))
                 if (room := room - length) < 0:
-                    self._end()
+                    self.end()
                     raise SandboxFailure(f"writes more than {GROWTH} times as much", len(answers))
                 answer = _read(pipe, length)
                 if kind[0] != ANSWER:
@@ -134,7 +136,7 @@ class Sandbox:
         assert self.child.stdin and self.child.stdout
         return self.child.stdin, self.child.stdout
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Kill the child; the next request starts another."""
         if self.child:
             self.child.kill()
@@ -310,8 +312,57 @@ def _without_prefix_space(backend):
     return type(backend).from_str(json.dumps(spec)) if prefixing else backend
 
 
+def load_parquet(path: str, first: int, rows: int) -> Program:
+    """Return a program that answers the next `rows` rows from row `first` (0-based) on, as marshal.
+
+    The answer after the last rows is empty. Text, numbers, booleans, lists and structs stay what
+    they are; times, decimals and the like become text. A column that text cannot show, such as
+    images, has its type in place of its values, such as "<struct<bytes: binary, path: string>>".
+    """
+    from pyarrow import ArrowException, parquet, string, struct, types
+    from pyarrow import list_ as list_of
+
+    def plain(kind):
+        """Return the type that a column of this type is cast to."""
+        if types.is_struct(kind):
+            return struct([field.with_type(plain(field.type)) for field in kind])
+        if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+            return list_of(kind.value_field.with_type(plain(kind.value_type)))
+        if types.is_dictionary(kind):
+            return plain(kind.value_type)
+        good = "boolean", "integer", "float32", "float64", "string", "large_string", "null"
+        return kind if any(getattr(types, f"is_{name}")(kind) for name in good) else string()
+
+    def values(column) -> list:
+        wanted = plain(column.type)
+        try:
+            return (column if column.type == wanted else column.cast(wanted)).to_pylist()
+        except ArrowException:
+            return [f"<{column.type}>" if value.is_valid else None for value in column]
+
+    def batches() -> Iterator:
+        row = 0
+        for batch in file.iter_batches(rows, use_threads=False):
+            if row + len(batch) > first:
+                yield batch.slice(max(0, first - row))
+            row += len(batch)
+
+    file = parquet.ParquetFile(path, pre_buffer=False)
+    source = batches()
+
+    def run(call: str, items: list) -> Iterator[bytes]:
+        for _ in items:
+            batch = next(source, None)
+            columns = [values(column) for column in batch.columns] if batch else []
+            names = batch.schema.names if batch else []
+            yield marshal.dumps([dict(zip(names, row)) for row in zip(*columns)])
+
+    return run
+
+
 LOADERS: dict[str, Callable[..., Program]]
-LOADERS = {"template": load_template, "tokenizer": load_tokenizer}
+LOADERS = {"template": load_template, "tokenizer": load_tokenizer, "parquet": load_parquet}
+LIBRARIES = {"template": "jinja2.sandbox", "tokenizer": "tokenizers", "parquet": "pyarrow.parquet"}
 
 
 def serve(load: Callable[..., Program], requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -357,10 +408,9 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     kind, memory = sys.argv[1], int(sys.argv[2])
-    if kind == "template":  # before the limits, because Python may write its bytecode
-        import jinja2.sandbox  # noqa: F401
-    else:
-        import tokenizers  # noqa: F401
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the others reserve more than they use
+    with contextlib.suppress(ImportError):  # before the limits: Python may write its bytecode
+        importlib.import_module(LIBRARIES[kind])
 
     # not the address space, of which threads reserve much that they never use
     for what, limit in (("DATA", memory), ("CORE", 0), ("FSIZE", 0)):

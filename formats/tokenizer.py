@@ -22,7 +22,7 @@ from pathlib import Path
 from data import Example, Messages
 from formats import sandbox
 from formats.errors import DataError
-from formats.files import read_json, reading, regular
+from formats.files import dump_json, read_json, reading, regular
 from formats.records import ASSISTANT_MARK
 
 
@@ -228,7 +228,7 @@ class Tokenizer:
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if self.end_id not in eos:
             generation |= {"eos_token_id": [*eos, self.end_id]}
-            files["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
+            files["generation_config.json"] = dump_json(generation, indent=2) + "\n"
         return files
 
     # -- the template

@@ -17,7 +17,7 @@ from data import Example, Pair, batches
 from formats import hub, records
 from formats.authors import encoder
 from formats.checkpoint import Weights, checkpoint_folder, read_config
-from formats.errors import DataError
+from formats.errors import DataError, printable
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Config, Llama
@@ -104,7 +104,7 @@ def load_pairs(
     summary = ", ".join(parts)
     if not pairs:
         raise DataError(f"{name}: nothing to learn from: {summary or 'it is empty'}{first_dropped}")
-    print0(f"{name}: {summary}{first_dropped}")
+    print0(printable(f"{name}: {summary}{first_dropped}"))
     return pairs, dict(counts) | {"used": len(pairs)}
 
 

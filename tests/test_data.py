@@ -4,10 +4,14 @@ In order: record formats, tokens, templates, bad input, packing. Tests of tokens
 which users of another trainer met the same mistake. Downloads are tested in tests/test_hub.py.
 """
 
+import datetime
+import decimal
 import doctest
 import functools
 import gzip
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -23,6 +27,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
+import formats.candidates
 import formats.checkpoint
 import formats.hub
 import formats.records
@@ -30,6 +35,7 @@ import formats.sandbox
 from data import Example
 from formats.checkpoint import checkpoint_folder
 from formats.errors import CheckpointError, DataError
+from formats.files import dump_json
 from formats.records import Dropped, data_files, parse_record, read_records
 from formats.tokenizer import Tokenizer, read_template
 
@@ -1000,6 +1006,95 @@ def test_bad_parquet(tmp_path):
     write(tmp_path / "a.parquet", [good, good | {"rejected": None}])
     with pytest.raises(DataError, match="a.parquet row 2: no 'rejected' field"):
         read(tmp_path)
+
+
+def test_parquet_of_every_type(tmp_path):
+    """Columns that no pair needs may have any type: what is no plain value becomes text."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = {"bytes": b"\xff\xd8", "path": "a.jpg"}
+    columns = {
+        "prompt": pa.array(["Hi", "Ho"]).dictionary_encode(),
+        "chosen": pa.array(["a", "b"], pa.large_string()),
+        "nanoseconds": pa.array([1, None], pa.timestamp("ns")),
+        "zoned": pa.array([0, 1], pa.timestamp("us", "Europe/Berlin")),
+        "far": pa.array([2**60, 0], pa.timestamp("ms")),
+        "date": pa.array([datetime.date(1, 1, 1), None]),
+        "time": pa.array([1, None], pa.time64("ns")),
+        "duration": pa.array([1, None], pa.duration("ns")),
+        "decimal": pa.array([decimal.Decimal("1.50"), None]),
+        "image": pa.array([image, None]),
+        "images": pa.array([[image], []]),
+        "bytes": pa.array([b"\xff", None]),
+        "half": pa.array([1, 2], pa.float16()),
+        "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+        "list": pa.array([[1, 2], None], pa.list_(pa.int8(), 2)),
+        "turns": pa.array([[{"content": "x", "at": datetime.datetime(1, 1, 1)}], []]),
+        "score": pa.array([0.5, True], pa.float64()),
+        "flag": pa.array([True, None]),
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    [(where, first), (_, second)] = read_records(str(tmp_path))
+    assert where.endswith("a.parquet row 1") and list(first) == list(columns)
+    kept = ("prompt", "chosen", "score", "flag", "list")
+    assert [first[name] for name in kept] == ["Hi", "a", 0.5, True, [1, 2]]
+    assert first["nanoseconds"] == "1970-01-01 00:00:00.000000001" and first["decimal"] == "1.50"
+    assert first["turns"] == [{"content": "x", "at": "0001-01-01 00:00:00.000000"}]
+    assert (
+        first["image"] == "<struct<bytes: binary, path: string>>" and first["bytes"] == "<binary>"
+    )
+    assert [second[name] for name in ("nanoseconds", "image", "bytes", "map")] == [None] * 4
+    json.dumps([first, second])
+
+
+def test_a_bad_row_is_named(tmp_path):
+    """Text that is not UTF-8 is refused with the number of its row; the rows before it are read."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array([b"a"] * 698 + [b"\xff"] + [b"b"]).view(pa.string())
+    parquet.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
+    records = read_records(str(tmp_path))
+    assert len(list(itertools.islice(records, 698))) == 698
+    with pytest.raises(DataError, match="a.parquet row 699: 'utf-8' codec can't decode"):
+        next(records)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "nested.parquet"])
+def test_records_that_unpack_without_bound(tmp_path, monkeypatch, name):
+    """A small file that unpacks to gigabytes is refused with the record at which it is too much."""
+    monkeypatch.setattr(formats.records, "MOST_UNPACKED", 2**23)
+    record, size = json.loads(GOOD) | {"prompt": "x" * 2**20}, 2**20
+    if name == "nested.parquet":
+        record, size = {"chosen": [user("x" * 2**20), assistant("a")] * 2}, 2**21
+    path = tmp_path / name
+    if name == "a.jsonl.gz":
+        path.write_bytes(gzip.compress((json.dumps(record) + "\n").encode() * 100))
+    else:
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pa.Table.from_pylist([record])
+        with parquet.ParquetWriter(path, table.schema, compression="zstd") as writer:
+            for _ in range(4):
+                writer.write_table(pa.concat_tables([table] * 100))
+    memory = peak_memory()
+    with pytest.raises(DataError, match="unpacks to more than 200 times its size") as error:
+        for _ in read_records(str(tmp_path)):
+            pass
+    [row] = re.findall(rf"^{path}(?: row |:)(\d+): ", str(error.value))
+    assert abs(int(row) * size - max(2**23, 200 * path.stat().st_size)) <= 1.01 * size
+    assert peak_memory() - memory < 2**18
+
+
+def test_files_that_are_json(tmp_path):
+    """What is not a number is null in our JSON, at any depth, so that every reader takes it."""
+    value = {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan}, "e": "NaN"}
+    text = dump_json(value)
+    assert json.loads(text, parse_constant=fails_on) == {
+        "a": None, "b": [None, [1.5, None]], "c": {"d": None}, "e": "NaN"
+    }  # fmt: skip
+    dumped = formats.candidates.dump({"scores": [math.nan, 1], "day": datetime.date(1, 2, 3)})
+    assert dumped == '{"scores": [null, 1], "day": "0001-02-03"}\n'
+
+
+def fails_on(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
 
 
 def test_empty_folder(tmp_path):

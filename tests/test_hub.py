@@ -170,7 +170,7 @@ def digest(body: bytes) -> str:
 def hub():
     """Start the server. Its `log` lists the files it sent; `cut` names a file to break off.
 
-    `hostile` is called before an answer, which it may give itself, and `etag` replaces every file's.
+    `hostile` is called before an answer, which it may give itself; `etag` replaces every file's.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.log, server.cut, server.hostile, server.etag = [], None, None, None
