@@ -139,22 +139,24 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     A batch that exceeds the limits is read again row by row.
     """
     child = sandbox.Sandbox("parquet", memory=2**32, seconds=600, room=2**28)
-    row, rows, unpacked = 0, 256, 0
-    source = (str(regular(path)), row, rows)
+    row, rows, unpacked = 0, 64, 0
+    program = (str(regular(path)), row, rows)
     try:
         while True:
             where = f"{path} row {row + 1}"
             try:
-                [answer] = child.ask(source, "next", [None])
-            except sandbox.SandboxFailure as e:
-                if e.number is not None and rows > 1:
+                [answer] = child.ask(program, "next", [None])
+                _check_unpacked(unpacked + len(answer), path, where)
+            except (sandbox.SandboxFailure, DataError) as e:
+                if rows > 1:
                     rows = 1
-                    source = (str(path), row, rows)
+                    program = (str(path), row, rows)
                     continue
+                if isinstance(e, DataError):
+                    raise
                 what = f"{path}: not a whole parquet file" if e.number is None else where
                 raise DataError(f"{what}: {e}") from None
             unpacked += len(answer)
-            _check_unpacked(unpacked, path, where)
             if not (records := marshal.loads(answer)):
                 return
             for record in records:
