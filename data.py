@@ -17,7 +17,7 @@ Decisions about tokens, each of which some trainer got wrong:
 * A prompt that is too long is cut at its start. It keeps BOS and its end, the generation prompt. A
   response that does not fit after that is cut at its end. Everything cut or dropped is counted, and
   no empty response ever reaches a loss.
-* The template comes with the checkpoint and is untrusted: `formats/template.py` sandboxes it.
+* The template comes with the checkpoint and is untrusted: `formats/sandbox.py` sandboxes it.
 
 `--like-authors` is the one exception: `formats/authors.py` takes the place of `encode`.
 """

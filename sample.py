@@ -39,7 +39,7 @@ from data import Messages
 from formats import candidates
 from formats.candidates import Answer, AnswerFile, Question, Samples, in_groups, read_questions
 from formats.checkpoint import checkpoint_folder, load, read_config
-from formats.errors import DataError, InputError
+from formats.errors import DataError, InputError, printable
 from formats.tokenizer import Tokenizer, read_template
 from model import Attend, Config, Llama, PackedAttention
 from runtime.sample_flags import TOY, USAGE, Flags
@@ -300,8 +300,7 @@ def chat(model: Llama, tokenizer: Tokenizer, **options) -> None:
         except (EOFError, KeyboardInterrupt):
             said = ""
         if not said.strip():
-            print()
-            return
+            return print()
         messages.append({"role": "user", "content": said})
         text = tokenizer.prompt_text(messages if tokenizer.template else said, "chat")
         prompts, ids, shown = tokenizer.encode_prompts([text]), [], ""
@@ -310,7 +309,7 @@ def chat(model: Llama, tokenizer: Tokenizer, **options) -> None:
                 ids.append(token)
                 answer = tokenizer.decode(ids)
                 if not answer.endswith("\ufffd"):  # half a character: wait for the next token
-                    print(answer[len(shown) :], end="", flush=True)
+                    print(printable(answer[len(shown) :]), end="", flush=True)
                     shown = answer
         except KeyboardInterrupt:
             pass  # ends the answer, not the conversation
@@ -332,7 +331,7 @@ def main() -> None:
     flags = read_flags()
     try:
         sample(flags)
-    except (InputError, OSError) as e:
+    except (InputError, OSError, UnicodeError) as e:
         sys.exit(f"sample.py: error: {e}")
     except torch.OutOfMemoryError as e:
         advice = f"lower --batch-size ({flags.batch_size}) or --max-new-tokens"
@@ -374,7 +373,7 @@ def sample(flags: Flags) -> None:
         return out.finish(candidates.model_name(flags.model, flags.generator), tokenizer)
     for question, samples in answered:
         for (response,) in samples:
-            print(f"{question.text}\n  {response.text}\n")
+            print(printable(f"{question.text}\n  {response.text}\n"))
 
 
 def answer(

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from data import Pair, micro_batches, pack
 from formats.checkpoint import compute_device, load
+from formats.errors import printable
 from methods.objectives import OBJECTIVES, pair_losses
 from model import Llama, to_device, train_flops
 from runtime.inputs import Inputs, dry_run, open_inputs
@@ -176,7 +177,7 @@ def train(settings: Settings) -> dict:
             run.save_if_due(step)
         summary = run.finish()
         if is_rank_0():
-            print(report(inputs, summary))
+            print(printable(report(inputs, summary)))
     return summary
 
 

@@ -54,9 +54,9 @@ def ours(name: str, tokenizer: Tokenizer) -> list[Pair]:
     return [pair for group in groups for pair in group]
 
 
-def library(batches: list[list[str]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Encode the texts with the library alone."""
-    encode_batch = tokenizer.backend.encode_batch_fast
+def library(batches: list[list[str]], folder: Path) -> list[list[int]]:
+    """Encode the texts with the library alone, in this process."""
+    encode_batch = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch_fast
     return [e.ids for batch in batches for e in encode_batch(batch, add_special_tokens=False)]
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     batches = texts(flags.data, tokenizer)
     works = {
         "file to pairs": lambda: ours(flags.data, tokenizer),
-        "library alone": lambda: library(batches, tokenizer),
+        "library alone": lambda: library(batches, flags.model),
     }
     best = dict.fromkeys(works, float("inf"))
     for _ in range(flags.repeats):

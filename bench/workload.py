@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,8 +120,8 @@ def shaped_records(tokenizer: Tokenizer, lengths: np.ndarray, seed: int) -> list
     Raises:
         DataError: the tokenizer has fewer than 100 such words.
     """
-    vocabulary = tokenizer.backend.get_vocab()
-    names = sorted(text for text in vocabulary if text[1:].isascii() and text[1:].isalpha())
+    tokens = tokenizers.Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json")).get_vocab()
+    names = sorted(text for text in tokens if text[1:].isascii() and text[1:].isalpha())
     spelled = [" " + text[1:] for text in names]
     encoded = zip(spelled, tokenizer.encode_responses(spelled))
     words = [word for word, ids in encoded if len(ids) == 2]  # the word and EOS

@@ -26,7 +26,7 @@ from data import Messages
 from formats.benchmarks import Benchmark
 from formats.checkpoint import content_files
 from formats.errors import DataError
-from formats.files import digests, parse_json, reading
+from formats.files import digests, dump_json, parse_json, reading
 from formats.records import read_records
 from formats.schemas import check_prompt
 from formats.tokenizer import Tokenizer
@@ -292,13 +292,13 @@ class AnswerFile:
             return
 
         def count_tokens(text: str) -> int:
-            return len(tokenizer.backend.encode(text, add_special_tokens=False).ids)
+            return len(tokenizer.backend.encode([text])[0])
 
         answers = [self.benchmark.write_answer(r, name, count_tokens) for r in self.records]
         if self.benchmark.json_lines:
             text = "".join(map(dump, answers))
         else:
-            text = json.dumps(answers, ensure_ascii=False, indent=2) + "\n"
+            text = dump_json(answers, ensure_ascii=False, indent=2) + "\n"
         whole = Path(f"{self.out}.whole")
         whole.write_text(text, encoding="utf-8")
         os.replace(whole, self.out)
@@ -316,7 +316,7 @@ def content_digest(tokenizer: Tokenizer) -> str:
 
 def dump(record: dict) -> str:
     """Return one line of JSON. Types that JSON lacks, such as dates in parquet, become strings."""
-    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    return dump_json(record, ensure_ascii=False, default=str) + "\n"
 
 
 def model_name(model: str, generator: str | None = None) -> str:

@@ -10,7 +10,6 @@ memory is spent on them. Where two of its statements about one thing differ, non
 folder is refused. formats/config.py reads config.json. Read model.py next.
 """
 
-import json
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from formats.config import read_config
 from formats.errors import CheckpointError
-from formats.files import parse_json, read_json, reading, sync
+from formats.files import dump_json, parse_json, read_json, reading, sync
 from formats.hub import local_path
 from model import Config, Llama, rotary_table
 
@@ -394,7 +393,7 @@ def save(
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            (temporary / INDEX).write_text(json.dumps(index, indent=2))
+            (temporary / INDEX).write_text(dump_json(index, indent=2))
         _publish(temporary, out)
 
 

@@ -1,10 +1,26 @@
-"""Define the two errors that a stranger's files can cause: one base class, two kinds.
+"""Define the two errors that a stranger's files can cause, and what of their text is printed.
 
 `DataError` is about data sets, tokenizers and templates, `CheckpointError` about model folders and
 the checkpoints of a run. Commands catch `InputError`, print it as one line and exit with status 1.
 """
 
 import re
+import unicodedata
+
+
+def printable(text: str) -> str:
+    r"""Escape what could steer a terminal, such as colours, or turn its text around.
+
+    Line breaks and tabs stay, and so do the joiners that emoji and some scripts need.
+
+    >>> print(printable("\x1b[31mred"))
+    \x1b[31mred
+    """
+
+    def safe(c: str) -> bool:
+        return c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs"
+
+    return "".join(c if safe(c) else repr(c)[1:-1] for c in text)
 
 
 class InputError(ValueError):
@@ -15,7 +31,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message)[:2000])
+        one_line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message[:10000])
+        super().__init__(printable(one_line)[:2000])
 
 
 class DataError(InputError):

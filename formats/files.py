@@ -1,12 +1,13 @@
 """Read a stranger's files, and write ours so that they survive a crash.
 
 `reading` turns whatever goes wrong while a file is read into one error that names it. `parse_json`
-parses all JSON but tokenizer.json, which the tokenizers library reads. `digests` says whether files
-are the same as before, whatever their path.
+parses all JSON but tokenizer.json, which the tokenizers library reads; `dump_json` makes all JSON
+that is written. `digests` says whether files are the same as before, whatever their path.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -42,6 +43,13 @@ def reading(
         raise error(f"{path}: {what}: {e}") from None
 
 
+def regular(path: Path) -> Path:
+    """Return `path`. Raise OSError if it is, say, a pipe, on which a read may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path
+
+
 def parse_json(raw: bytes) -> object:
     """Parse UTF-8 JSON as Python does, but refuse what other readers would understand differently.
 
@@ -64,6 +72,22 @@ def parse_json(raw: bytes) -> object:
     return value
 
 
+def dump_json(value: object, **options) -> str:
+    """Return JSON text; `options` are those of json.dumps.
+
+    NaN and Infinity, which are no JSON, become null.
+    """
+
+    def finite(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: finite(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 def read_json(path: Path, error: type[InputError], optional: bool = False) -> dict:
     """Read a JSON object. With `optional`, a missing file is an empty object.
 
@@ -73,7 +97,7 @@ def read_json(path: Path, error: type[InputError], optional: bool = False) -> di
     with reading(path, error, "cannot be read as JSON"):
         if optional and not path.exists():
             return {}
-        value = parse_json(path.read_bytes())
+        value = parse_json(regular(path).read_bytes())
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object")
     return value

@@ -9,15 +9,18 @@ record.
 """
 
 import gzip
+import marshal
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from formats import sandbox
 from formats.errors import DataError
-from formats.files import parse_json, reading
+from formats.files import parse_json, reading, regular
 from formats.hub import SUFFIXES, from_hub
 
+MOST_UNPACKED = 2**28  # bytes of records, unless their file has a 200th of it
 SPLIT_WORDS = {"train", "test", "valid", "validation", "val", "dev", "eval", "heldout"}
 LONGEST_LINE = 2**26  # bytes of one record; a small .gz may unpack to a line of any length
 
@@ -130,21 +133,46 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    # slow to import, and only parquet files need it
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    """Yield rows as plain Python values, see `sandbox.load_parquet`, and read in its process.
 
-    row = 0
-    with reading(path, DataError, "not a whole parquet file", also=(pyarrow.ArrowException,)):
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path} row {row}", record
+    A batch that exceeds the limits is read again row by row.
+    """
+    child = sandbox.Sandbox("parquet", memory=2**32, seconds=600, room=2**28)
+    row, rows, unpacked = 0, 64, 0
+    program = (str(regular(path)), row, rows)
+    try:
+        while True:
+            where = f"{path} row {row + 1}"
+            try:
+                [answer] = child.ask(program, "next", [None])
+                _check_unpacked(unpacked + len(answer), path, where)
+            except (sandbox.SandboxFailure, DataError) as e:
+                if rows > 1:
+                    rows = 1
+                    program = (str(path), row, rows)
+                    continue
+                if isinstance(e, DataError):
+                    raise
+                what = f"{path}: not a whole parquet file" if e.number is None else where
+                raise DataError(f"{what}: {e}") from None
+            unpacked += len(answer)
+            if not (records := marshal.loads(answer)):
+                return
+            for record in records:
+                row += 1
+                yield f"{path} row {row}", record
+    finally:
+        child.end()
+
+
+def _check_unpacked(size: int, path: Path, where: str) -> None:
+    """Raise DataError if a file has unpacked to far more than any data set does."""
+    if size > MOST_UNPACKED and size > 200 * path.stat().st_size:
+        raise DataError(f"{where}: {path} unpacks to more than 200 times its size")
 
 
 def _read_list(path: Path) -> Iterator[tuple[str, object]]:
-    raw = path.read_bytes()
+    raw = regular(path).read_bytes()
     with reading(path, DataError, "not JSON"):
         records = parse_json(raw)
     if not isinstance(records, list):
@@ -154,11 +182,14 @@ def _read_list(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    unpacked = 0
+    with gzip.open(regular(path)) if path.suffix == ".gz" else open(regular(path), "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             where = f"{path}:{number}"
             if len(line) == LONGEST_LINE:
                 raise DataError(f"{where}: a line of more than {LONGEST_LINE} bytes")
+            unpacked += len(line)
+            _check_unpacked(unpacked, path, where)
             if line.strip():
                 with reading(where, DataError, "not JSON"):
                     record = parse_json(line)

@@ -8,7 +8,7 @@ decisions about them; `Tokenizer` carries them out:
     texts                               the prompt ends with the generation prompt
     _learn_end_of_turn                  the response ends with the end-of-turn token
     encode_responses                    no merge crosses from prompt to response
-    render                              the template runs in a sandbox, formats/template.py
+    Backend, render                     tokenizer and template run in formats/sandbox.py
     check_kept                          its text says what the record says, formats/fidelity.py
 
 Read data.py next: `encode` cuts the ids of an `Example` to length and makes a `Pair` of them.
@@ -16,21 +16,15 @@ Read data.py next: `encode` cuts the ids of an `Example` to length and makes a `
 
 import itertools
 import json
-import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from array import array
 from pathlib import Path
 
-import tokenizers
-
 from data import Example, Messages
-from formats import fidelity, special_tokens, template
+from formats import fidelity, sandbox, special_tokens
 from formats.errors import DataError
-from formats.files import read_json, reading
+from formats.files import dump_json, read_json, reading, regular
 from formats.schemas import ASSISTANT_MARK
-
-MOST_TOKENS = 2**20  # the library walks all ids up to the last one, which may be four billion
 
 
 def read_template(name: str | None) -> str | None:
@@ -46,7 +40,7 @@ def read_template(name: str | None) -> str | None:
     if name == "none":
         return ""
     with reading(name, DataError):
-        text = Path(name).read_text(encoding="utf-8")
+        text = regular(Path(name)).read_text(encoding="utf-8")
     if not text.strip():
         raise DataError(f"{name}: an empty chat template ('none' is for plain text)")
     return text
@@ -64,12 +58,61 @@ def as_messages(prompt: str) -> Messages:
     ]
 
 
+class Backend:
+    """Calls the tokenizers library in its sandbox, with one tokenizer.json.
+
+    Every method raises DataError if the tokenizer fails or exceeds the sandbox's limits.
+
+    Attributes:
+        size: one more than the largest token id.
+        bos_id: the token that the tokenizer would put before a text, or None.
+        special: ids of the special tokens.
+        added: text of each added token → its "id" and flags.
+    """
+
+    def __init__(self, path: Path):
+        if not path.exists():
+            needs = "a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough"
+            raise DataError(f"{path}: no such file ({needs})")
+        self.path = path
+        with reading(path, DataError):
+            self._program = (regular(path).read_bytes(),)
+        facts = json.loads(self._ask("describe", [None])[0])
+        self.size, self.bos_id = facts["size"], facts["bos_id"]
+        self.special, self.added = facts["special"], facts["added"]
+
+    def _ask(self, call: str, items: list) -> list[bytes]:
+        try:
+            return sandbox.TOKENIZERS.ask(self._program, call, items)
+        except sandbox.SandboxFailure as e:
+            raise DataError(f"{self.path}: not a tokenizer: {e}") from None
+
+    def encode(self, texts: list[str], continuing: bool = False) -> list[list[int]]:
+        """Return the ids of texts, without special tokens that the texts do not hold.
+
+        `continuing`: the texts continue others, so they get no space before them.
+        """
+        answers = self._ask("encode_response" if continuing else "encode", texts)
+        return [array("i", answer).tolist() for answer in answers]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids."""
+        return self._ask("decode", [(ids, skip_special_tokens)])[0].decode()
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token, None if there is no such token."""
+        return json.loads(self._ask("token_to_id", [token])[0])
+
+    def id_to_token(self, number: int) -> str | None:
+        """Return the token with this id, None if there is none."""
+        return json.loads(self._ask("id_to_token", [int(number)])[0])
+
+
 class Tokenizer:
     """Holds a checkpoint's tokenizer and chat template.
 
     Attributes:
-        backend: the tokenizers library's object; encodes prompts.
-        response_backend: the same without a space before the text; encodes responses.
+        backend: tokenizer.json, in the sandbox.
         size: one more than the largest token id.
         special: text of each special token by its name, such as "bos_token".
         bos_id: the token that the tokenizer would put before a text, or None.
@@ -95,11 +138,12 @@ class Tokenizer:
                 tells which token ends a turn.
         """
         self.folder = folder
-        self._load_backend(folder / "tokenizer.json")
+        self.backend = Backend(folder / "tokenizer.json")
+        self.size, self.bos_id = self.backend.size, self.backend.bos_id
         settings = self._read_json("tokenizer_config.json")
         names = ("special_tokens_map.json", "added_tokens.json")
         told = {"tokenizer_config.json": settings} | {n: self._read_json(n) for n in names}
-        special_tokens.check(folder, told, self._added_tokens(), self._id_of_one_token)
+        special_tokens.check(folder, told, self.backend.added, self._id_of_one_token)
         self.special = self._special_tokens(told["special_tokens_map.json"] | settings)
         named_bos = self._id(self.special.get("bos_token"))
         self.bos_ids = {i for i in (self.bos_id, named_bos) if i is not None}
@@ -112,7 +156,7 @@ class Tokenizer:
             self.template_file, source = "--chat-template", chat_template
         self.template = source or None
         asks = "strftime_now" in source
-        self.date = (date or template.today()) if asks else None
+        self.date = (date or sandbox.today()) if asks else None
 
         self.tail = ""
         self._kept_roles: set[tuple[str, ...]] = set()  # of which the template keeps all messages
@@ -130,40 +174,6 @@ class Tokenizer:
 
     # -- reading the folder
 
-    def _load_backend(self, path: Path) -> None:
-        """Read tokenizer.json. Sets `backend`, `response_backend`, `size` and `bos_id`."""
-        if not path.exists():
-            needs = "a checkpoint needs its fast tokenizer; tokenizer.model alone is not enough"
-            raise DataError(f"{path}: no such file ({needs})")
-        with self._library():
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
-            self.backend.no_truncation()
-            self.backend.no_padding()
-            if getattr(self.backend.model, "dropout", None):
-                self.backend.model.dropout = None  # BPE-dropout draws other tokens in every run
-            ids = self.backend.get_vocab(with_added_tokens=True).values()
-            self.size = max(ids, default=-1) + 1
-            if self.size > MOST_TOKENS:
-                last = self.size - 1
-                raise DataError(f"{path}: a token has the id {last}, too large for any vocabulary")
-            self.response_backend = self._without_prefix_space()
-            self.bos_id = self._bos_id()
-
-    @contextmanager
-    def _library(self) -> Iterator[None]:
-        """Turn every error of the tokenizers library into DataError.
-
-        The library is written in Rust. It raises bare Exceptions, and panics, which do not even
-        derive from Exception.
-        """
-        try:
-            yield
-        except (DataError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:
-            path = self.folder / "tokenizer.json"
-            raise DataError(f"{path}: not a tokenizer: {e}") from None
-
     def _read_json(self, name: str) -> dict:
         return read_json(self.folder / name, DataError, optional=True)
 
@@ -173,18 +183,7 @@ class Tokenizer:
     def _id_of_one_token(self, text: str) -> int | None:
         """Return the id of a text that the tokenizer encodes as one token, None for any other."""
         number = self._id(text)
-        with self._library():
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-        return number if ids == [number] else None
-
-    def _added_tokens(self) -> dict[str, dict]:
-        """Return "id" and flags of each added token; `normalized` only if something normalizes."""
-        normalizes = self.backend.normalizer is not None
-        flags = [f for f in special_tokens.FLAGS if f != "normalized" or normalizes]
-        return {
-            token.content: {"id": i} | {flag: getattr(token, flag) for flag in flags}
-            for i, token in self.backend.get_added_tokens_decoder().items()
-        }
+        return number if self.backend.encode([text])[0] == [number] else None
 
     def _special_tokens(self, merged: dict) -> dict[str, str]:
         """Collect the texts of special tokens by their names, such as "bos_token"."""
@@ -210,43 +209,6 @@ class Tokenizer:
                         raise DataError(f"{self.folder / name}: {problem}")
                     found |= {i} if key == "eos_token_id" else set()
         return {i for i in found if i is not None}
-
-    def _bos_id(self) -> int | None:
-        """Return the token that the tokenizer would put before a text.
-
-        It is None for most byte-level tokenizers.
-        """
-        bare, with_special = (
-            self.backend.encode("x", add_special_tokens=flag).ids for flag in (False, True)
-        )
-        puts_one = with_special and with_special[1 : len(bare) + 1] == bare
-        return with_special[0] if puts_one else None
-
-    def _without_prefix_space(self) -> tokenizers.Tokenizer:
-        """Return the tokenizer for responses, which puts no space before a text.
-
-        Tokenizers like sentencepiece (Llama 2, Mistral) add one, in one of three ways. A
-        response continues a text, so it must not get one.
-        """
-
-        def flat(stage: dict) -> list[dict]:
-            members = stage.get("normalizers") or stage.get("pretokenizers") or []
-            return [part for member in members for part in flat(member)] or [stage]
-
-        spec = json.loads(self.backend.to_str())
-        normalizers = flat(spec["normalizer"] or {})
-        growth = math.prod(max(1, len(str(part.get("content", "")))) for part in normalizers)
-        if growth > 64:  # real tokenizers replace one character by a few
-            path = self.folder / "tokenizer.json"
-            raise DataError(f"{path}: normalizer: makes a text up to {growth} times as long")
-        parts = normalizers + flat(spec["pre_tokenizer"] or {})
-        off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-        prefixing = [
-            p for p in parts if any(p.get(key, value) != value for key, value in off.items())
-        ]
-        for part in prefixing:
-            part |= {key: off[key] for key in off.keys() & part.keys()}
-        return tokenizers.Tokenizer.from_str(json.dumps(spec)) if prefixing else self.backend
 
     def _own_template(self, settings: dict) -> tuple[str, str]:
         """Find the checkpoint's template: (where, source). The source is "" if it has none."""
@@ -290,12 +252,12 @@ class Tokenizer:
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if self.end_id not in eos:
             generation |= {"eos_token_id": [*eos, self.end_id]}
-            files["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
+            files["generation_config.json"] = dump_json(generation, indent=2) + "\n"
         return files
 
     # -- the template
 
-    def render(self, conversations: template.Conversations, locations: list[str]) -> list[str]:
+    def render(self, conversations: sandbox.Conversations, locations: list[str]) -> list[str]:
         """Render conversations, each given as (messages, add the generation prompt?).
 
         `locations` says where each conversation came from; errors name it.
@@ -305,8 +267,8 @@ class Tokenizer:
         """
         assert self.template, "there is no chat template"
         try:
-            return template.render(self.template, self.special, conversations, self.date)
-        except template.TemplateFailure as e:
+            return sandbox.render(self.template, self.special, conversations, self.date)
+        except sandbox.SandboxFailure as e:
             if e.number is None:
                 problem = f"the chat template does not compile: {e}"
                 raise DataError(f"{self.template_file}: {problem}") from None
@@ -328,11 +290,9 @@ class Tokenizer:
         turn = turn.strip().removeprefix(self.special.get("bos_token", ""))
         cue = asked[len(alone) :].strip() if asked.startswith(alone) else ""
         self.marks = fidelity.header_of(turn), cue
-        with self._library():
-            ids = self.backend.encode(tail, add_special_tokens=False).ids
-        added = self.backend.get_added_tokens_decoder()
+        [ids] = self.backend.encode([tail])
         ends = [i for i in ids if i in self.stop_ids]
-        ends = ends or [i for i in ids if i in added and added[i].special]
+        ends = ends or [i for i in ids if i in self.backend.special]
         end = ends[0] if ends else eos
         if end is None:
             problem = (
@@ -360,7 +320,7 @@ class Tokenizer:
         """
         if not self.template:
             return [self._plain_text(example) for example in examples]
-        conversations: template.Conversations = []
+        conversations: sandbox.Conversations = []
         locations: list[str] = []
         prompts: list[Messages] = []
         for example in examples:
@@ -428,9 +388,7 @@ class Tokenizer:
 
         Without a template, the tokenizer's BOS goes first unless the text already begins with it.
         """
-        with self._library():
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-            encoded = [encoding.ids for encoding in encodings]
+        encoded = self.backend.encode(texts)
         if self.template or self.bos_id is None:
             return encoded
         return [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in encoded]
@@ -445,10 +403,9 @@ class Tokenizer:
         `end_id`, which the model never wrote.
         """
         texts = [self._without_end(text) for text in texts]
-        with self._library():
-            encodings = self.response_backend.encode_batch_fast(texts, add_special_tokens=False)
         ends = [[self.end_id] if done else [] for done in finished or [True] * len(texts)]
-        return [encoding.ids + end for encoding, end in zip(encodings, ends)]
+        encoded = self.backend.encode(texts, continuing=True)
+        return [ids + end for ids, end in zip(encoded, ends)]
 
     def _without_end(self, text: str) -> str:
         """Return a text without the end-of-turn tokens at its end."""
@@ -458,4 +415,4 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without special tokens."""
-        return self.backend.decode(ids, skip_special_tokens=True)
+        return self.backend.decode(ids)

@@ -19,7 +19,7 @@ from data import Example, Pair, batches
 from formats import hub, records, schemas
 from formats.authors import Encoder, encoder
 from formats.checkpoint import Weights, checkpoint_folder, read_config
-from formats.errors import DataError
+from formats.errors import DataError, printable
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Config, Llama
@@ -116,7 +116,7 @@ def load_pairs(
     summary = ", ".join(parts)
     if not pairs:
         raise DataError(f"{name}: nothing to learn from: {summary or 'it is empty'}{first_dropped}")
-    print0(f"{name}: {summary}{first_dropped}")
+    print0(printable(f"{name}: {summary}{first_dropped}"))
     warn_of_large_shares(name, examples, counts, tokenizer, settings)
     return pairs, dict(counts) | {"used": len(pairs)}
 

@@ -12,7 +12,6 @@ shards of a checkpoint.
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import platform
@@ -31,9 +30,9 @@ import torch
 import torch.distributed as dist
 
 from data import Pair
-from formats import checkpoint, template
+from formats import checkpoint, sandbox
 from formats.errors import CheckpointError, InputError
-from formats.files import read_json
+from formats.files import dump_json, read_json
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, train_flops
 from runtime import resume
@@ -214,7 +213,7 @@ class Run:
     def _log(self, row: dict) -> None:
         """Write a row to metrics.jsonl and to the extra sinks; only rank 0 has any."""
         if self.metrics_file:
-            self.metrics_file.write(json.dumps(row) + "\n")
+            self.metrics_file.write(dump_json(row) + "\n")
             self.metrics_file.flush()
         for write in self.writers:
             write(row)
@@ -238,7 +237,7 @@ class Run:
         self.metrics_file.truncate(0)
         self.metrics_file.write(self.rows)
         self.metrics_file.flush()  # the next checkpoint copies what is on disk
-        (self.out / "config.json").write_text(json.dumps(self._summary(), indent=2) + "\n")
+        (self.out / "config.json").write_text(dump_json(self._summary(), indent=2) + "\n")
 
     def _summary(self) -> dict:
         """Return what config.json holds."""
@@ -335,7 +334,7 @@ def day_of_run(settings: Settings) -> str:
         identity = read_json(path / "state.json", CheckpointError).get("identity") if path else {}
         if isinstance(identity, dict) and isinstance(day := identity.get("date"), str):
             return day
-    return template.today()
+    return sandbox.today()
 
 
 def _new_folder(objective: str) -> Path:

@@ -13,7 +13,7 @@ from data import Pair
 from formats import hub, records
 from formats.authors import encoder
 from formats.checkpoint import COMPANIONS, check_folder
-from formats.errors import DataError
+from formats.errors import DataError, printable
 from formats.schemas import Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
@@ -53,7 +53,7 @@ def show_records(settings: Settings, tokenizer: Tokenizer, count: int) -> None:
             kind, example = parse_record(record, where, paired, columns)
             pairs = encode([example], tokenizer, *limits, counts)
         except Dropped as e:
-            print0(f"{where}: dropped: {e}\n")
+            print0(printable(f"{where}: dropped: {e}\n"))
             continue
         except DataError as e:
             if not settings.skip_unusable:
@@ -64,7 +64,7 @@ def show_records(settings: Settings, tokenizer: Tokenizer, count: int) -> None:
         if not pairs:
             print0(f"{where}: {'; '.join(reason for reason, n in counts.items() if n)}\n")
             continue
-        print0("\n".join([f"{where}: {kind}", *lines_of(pairs[0], whole[0], tokenizer)]))
+        print0("\n".join([printable(f"{where}: {kind}"), *lines_of(pairs[0], whole[0], tokenizer)]))
 
 
 def lines_of(pair: Pair, whole: Pair, tokenizer: Tokenizer) -> list[str]:
@@ -90,8 +90,3 @@ def lines_of(pair: Pair, whole: Pair, tokenizer: Tokenizer) -> list[str]:
 def on_terminal() -> bool:
     """Return True if colours would be seen."""
     return sys.stdout.isatty()
-
-
-def printable(text: str) -> str:
-    """Escape what could steer a terminal; keep line breaks."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -24,7 +24,6 @@ and prints.
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import sys
 from collections import Counter
@@ -43,6 +42,7 @@ from data import Pair
 from formats import checkpoint
 from formats.authors import encoder
 from formats.errors import CheckpointError, DataError, InputError
+from formats.files import dump_json
 from formats.records import read_records
 from formats.schemas import Columns, Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
@@ -357,7 +357,7 @@ def rewards(flags: argparse.Namespace) -> None:
         scores[name] = s
 
     flags.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(none_for_nan(results), indent=2, ensure_ascii=False)
+    text = dump_json(results, indent=2, ensure_ascii=False)
     (flags.out / "rewards.json").write_text(text + "\n", encoding="utf-8")
     draw_distributions(
         flags.out / "distributions.png",
@@ -378,15 +378,6 @@ def rewards(flags: argparse.Namespace) -> None:
         "\nmis-ranked: reward and average log-probability disagree; ± sd over the pairs. "
         f"Numbers and figures: {flags.out}"
     )
-
-
-def none_for_nan(value: Any) -> Any:
-    """Replace every nan by None, because JSON has no nan."""
-    if isinstance(value, dict):
-        return {key: none_for_nan(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [none_for_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def curves(flags: argparse.Namespace) -> None:

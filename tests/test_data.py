@@ -4,17 +4,20 @@ In order: record formats, tokens, templates, bad input, packing. Tests of tokens
 which users of another trainer met the same mistake. Downloads are tested in tests/test_hub.py.
 """
 
+import datetime
+import decimal
 import doctest
 import functools
 import gzip
+import itertools
 import json
+import math
 import os
 import random
 import re
 import resource
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -24,14 +27,16 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
+import formats.candidates
 import formats.checkpoint
 import formats.hub
 import formats.records
+import formats.sandbox
 import formats.schemas
-import formats.template
 from data import Example
 from formats.checkpoint import checkpoint_folder
 from formats.errors import CheckpointError, DataError
+from formats.files import dump_json
 from formats.records import data_files, read_records
 from formats.schemas import Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
@@ -371,7 +376,7 @@ def encode(
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.backend.encode(text, add_special_tokens=False).ids
+    return tokenizer.backend.encode([text])[0]
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -725,11 +730,46 @@ def test_a_tokenizer_that_draws_lots(tmp_path, prefix_space):
     not Path("/proc/self/limits").exists(), reason="/proc tells the limits of a process"
 )
 def test_templates_run_in_a_limited_process(tmp_path):
-    """A template runs in a process that can write no file and use at most 512 MiB."""
+    """A template runs in a process that can write no file and hold at most 512 MiB."""
     assert byte_level_tokenizer(tmp_path, SHOW).prompt_text("Hi", "") == "user: Hi</s>"
-    limits = Path(f"/proc/{formats.template._child.pid}/limits").read_text()
+    limits = Path(f"/proc/{formats.sandbox.TEMPLATES.child.pid}/limits").read_text()
     assert re.search(r"Max file size +0 +0 ", limits)
-    assert re.search(rf"Max address space +{2**29} ", limits)
+    assert re.search(rf"Max data size +{2**29} ", limits)
+
+
+def test_templates_write_no_more_than_their_share(tmp_path):
+    """What a template writes for all conversations of a request is bounded, also in the parent."""
+    tokenizer = byte_level_tokenizer(tmp_path, from_third_message("{{ 'x' * 2**24 }}"))
+    memory = peak_memory()
+    with pytest.raises(DataError, match=REFUSED + "writes more than"):
+        tokenizer.texts([Example(THREE_TURNS, ("Yes.",), "pairs.jsonl:7")] * 64)
+    assert peak_memory() - memory < 2**18
+
+
+def test_what_is_long_is_not_stopped(tmp_path):
+    """A response of 6 MB is rendered and encoded, and much of it decoded at once."""
+    tokenizer = tokenizer_of(tmp_path, "ChatML")
+    long = "hello, again é " * (6 * 2**20 // 16)
+    [(_, [text])] = tokenizer.texts([Example("Hi", (long,), "")])
+    [ids] = tokenizer.encode_responses([text])
+    start = tokenizer.decode(ids[: 2**19])
+    assert text == long and long.startswith(start) and len(start) > 2**18
+
+
+@pytest.mark.parametrize("limit", ["CPU", "DATA", "FSIZE"])
+def test_limits_of_whoever_starts_it(limit):
+    """Under a finite hard limit, as after `ulimit -t 3600`, templates and tokenizers run."""
+    script = f"""if True:
+        import ctypes, resource
+        ctypes.CDLL(None).prctl(24, 24)  # also root may not raise a hard limit again
+        limit = resource.RLIMIT_{limit}
+        resource.setrlimit(limit, ({2**28 if limit == "DATA" else 60},) * 2)
+        from formats import sandbox
+        print(sandbox.render("{{{{ messages[0] }}}}", {{}}, [(["Hi"], True)]))
+    """
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['Hi']\n", done.stderr
 
 
 def test_template_that_refuses_a_conversation(tmp_path):
@@ -828,6 +868,15 @@ def test_where_templates_are_read_from(tmp_path):
     assert Tokenizer(folder, SHOW + "3").changed_files()["chat_template.jinja"] == SHOW + "3"
 
 
+@pytest.mark.parametrize("name", ["pipe", "folder", "/dev/zero", "no.jinja"])
+def test_template_that_is_no_file(tmp_path, name):
+    """--chat-template refuses what is no file: a pipe without a writer would never be read."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=f"{name}: (cannot be read: not a regular|no such) file"):
+        read_template(str(tmp_path / name))
+
+
 def test_base_checkpoint_without_template(tmp_path):
     """A base model reads plain text and ends with EOS; messages need --chat-template."""
     folder = write_checkpoint(tmp_path, byte_level(), None, "</s>")
@@ -858,7 +907,7 @@ def test_vocabulary_larger_than_the_embedding(tmp_path):
     # A tokenizer may be extended without its model. On a GPU, the read beyond the embedding would
     # give no message.
     tokenizer = tokenizer_of(tmp_path, "ChatML")
-    size = tokenizer.backend.get_vocab_size(with_added_tokens=True)
+    size = tokenizer.size
     tokenizer.check_fits(size)
     refused = f"the tokenizer has {size} tokens, the embedding {size - 1}"
     with pytest.raises(DataError, match=refused):
@@ -978,6 +1027,95 @@ def test_bad_parquet(tmp_path):
         read(tmp_path)
 
 
+def test_parquet_of_every_type(tmp_path):
+    """Columns that no pair needs may have any type: what is no plain value becomes text."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = {"bytes": b"\xff\xd8", "path": "a.jpg"}
+    columns = {
+        "prompt": pa.array(["Hi", "Ho"]).dictionary_encode(),
+        "chosen": pa.array(["a", "b"], pa.large_string()),
+        "nanoseconds": pa.array([1, None], pa.timestamp("ns")),
+        "zoned": pa.array([0, 1], pa.timestamp("us", "Europe/Berlin")),
+        "far": pa.array([2**60, 0], pa.timestamp("ms")),
+        "date": pa.array([datetime.date(1, 1, 1), None]),
+        "time": pa.array([1, None], pa.time64("ns")),
+        "duration": pa.array([1, None], pa.duration("ns")),
+        "decimal": pa.array([decimal.Decimal("1.50"), None]),
+        "image": pa.array([image, None]),
+        "images": pa.array([[image], []]),
+        "bytes": pa.array([b"\xff", None]),
+        "half": pa.array([1, 2], pa.float16()),
+        "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+        "list": pa.array([[1, 2], None], pa.list_(pa.int8(), 2)),
+        "turns": pa.array([[{"content": "x", "at": datetime.datetime(1, 1, 1)}], []]),
+        "score": pa.array([0.5, True], pa.float64()),
+        "flag": pa.array([True, None]),
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    [(where, first), (_, second)] = read_records(str(tmp_path))
+    assert where.endswith("a.parquet row 1") and list(first) == list(columns)
+    kept = ("prompt", "chosen", "score", "flag", "list")
+    assert [first[name] for name in kept] == ["Hi", "a", 0.5, True, [1, 2]]
+    assert first["nanoseconds"] == "1970-01-01 00:00:00.000000001" and first["decimal"] == "1.50"
+    assert first["turns"] == [{"content": "x", "at": "0001-01-01 00:00:00.000000"}]
+    assert (
+        first["image"] == "<struct<bytes: binary, path: string>>" and first["bytes"] == "<binary>"
+    )
+    assert [second[name] for name in ("nanoseconds", "image", "bytes", "map")] == [None] * 4
+    json.dumps([first, second])
+
+
+def test_a_bad_row_is_named(tmp_path):
+    """Text that is not UTF-8 is refused with the number of its row; the rows before it are read."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array([b"a"] * 698 + [b"\xff"] + [b"b"]).view(pa.string())
+    parquet.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
+    records = read_records(str(tmp_path))
+    assert len(list(itertools.islice(records, 698))) == 698
+    with pytest.raises(DataError, match="a.parquet row 699: 'utf-8' codec can't decode"):
+        next(records)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "nested.parquet"])
+def test_records_that_unpack_without_bound(tmp_path, monkeypatch, name):
+    """A small file that unpacks to gigabytes is refused with the record at which it is too much."""
+    monkeypatch.setattr(formats.records, "MOST_UNPACKED", 2**23)
+    record, size = json.loads(GOOD) | {"prompt": "x" * 2**20}, 2**20
+    if name == "nested.parquet":
+        record, size = {"chosen": [user("x" * 2**20), assistant("a")] * 2}, 2**21
+    path = tmp_path / name
+    if name == "a.jsonl.gz":
+        path.write_bytes(gzip.compress((json.dumps(record) + "\n").encode() * 100))
+    else:
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pa.Table.from_pylist([record])
+        with parquet.ParquetWriter(path, table.schema, compression="zstd") as writer:
+            for _ in range(4):
+                writer.write_table(pa.concat_tables([table] * 100))
+    memory = peak_memory()
+    with pytest.raises(DataError, match="unpacks to more than 200 times its size") as error:
+        for _ in read_records(str(tmp_path)):
+            pass
+    [row] = re.findall(rf"^{path}(?: row |:)(\d+): ", str(error.value))
+    assert abs(int(row) * size - max(2**23, 200 * path.stat().st_size)) <= 1.01 * size
+    assert peak_memory() - memory < 2**18
+
+
+def test_files_that_are_json(tmp_path):
+    """What is not a number is null in our JSON, at any depth, so that every reader takes it."""
+    value = {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan}, "e": "NaN"}
+    text = dump_json(value)
+    assert json.loads(text, parse_constant=fails_on) == {
+        "a": None, "b": [None, [1.5, None]], "c": {"d": None}, "e": "NaN"
+    }  # fmt: skip
+    dumped = formats.candidates.dump({"scores": [math.nan, 1], "day": datetime.date(1, 2, 3)})
+    assert dumped == '{"scores": [null, 1], "day": "0001-02-03"}\n'
+
+
+def fails_on(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
 def test_empty_folder(tmp_path):
     """A folder without data files is refused."""
     with pytest.raises(DataError, match="no .jsonl, .json, .jsonl.gz, .parquet file in "):
@@ -1079,14 +1217,34 @@ def test_bad_checkpoint_folder(tmp_path, files, message):
     assert "\n" not in str(error.value)
 
 
-REPEAT = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 1000}
-REPEATS = {"type": "Sequence", "normalizers": [REPEAT]}
+def replace(old: str, new: str, count: int = 1, kind: str = "decoders") -> dict:
+    """Return a stage that replaces one text by another, `count` times over."""
+    stage = {"type": "Replace", "pattern": {"String": old}, "content": new}
+    return {"type": "Sequence", kind: [stage] * count}
+
+
+def split(regex: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+BACKTRACKING_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Fuse"},
+        {"type": "Replace", "pattern": {"Regex": "(e|ee)+b"}, "content": ""},
+    ],
+}
 LIBRARY = {  # parts of a tokenizer.json that the library accepts when it reads the file
     "panics when it encodes": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "panics when it loads": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
     "makes a text a million times as long": {
-        "normalizer": {"type": "Sequence", "normalizers": [REPEATS] * 2}
+        "normalizer": replace("x", "x" * 1000, 2, "normalizers")
     },
+    "puts a million characters first": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "decodes without end": {"decoder": replace("e", "e" * 10, 12)},
+    "decodes to much": {"decoder": replace("e", "e" * 10, 3)},
+    "backtracks": {"pre_tokenizer": split("(a|aa)+b")},
+    "backtracks when it decodes": {"decoder": BACKTRACKING_DECODER},
     "has no unknown token": {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}},
     "has an id of four billion": {
         "model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 2**32 - 2}}
@@ -1095,14 +1253,22 @@ LIBRARY = {  # parts of a tokenizer.json that the library accepts when it reads 
 
 
 @pytest.mark.parametrize("case", LIBRARY)
-def test_tokenizer_that_breaks_the_library(tmp_path, case):
-    """A tokenizer that would make the library panic or work for minutes is refused at once."""
+def test_tokenizer_that_breaks_the_library(tmp_path, monkeypatch, case):
+    """A tokenizer that would make the library panic, or spend without bound, is stopped."""
     # A panic of the Rust library is no Exception, so `except Exception` lets it through.
-    spec = json.loads(byte_level()) | LIBRARY[case] | {"added_tokens": [], "post_processor": None}
-    began = time.process_time()
+    monkeypatch.setattr(formats.sandbox.TOKENIZERS, "seconds", 0.5)
+    spec = json.loads(byte_level()) | {"post_processor": None} | LIBRARY[case]
+    spec |= {"added_tokens": []} if "model" in LIBRARY[case] else {}
+    memory, seconds = peak_memory(), children_seconds()
     with pytest.raises(DataError, match=f"^{tmp_path}/tokenizer.json: ") as error:
-        Tokenizer(write_checkpoint(tmp_path, json.dumps(spec), CHATML, "</s>"))
-    assert "\n" not in str(error.value) and time.process_time() - began < 2
+        folder = write_checkpoint(tmp_path, json.dumps(spec), CHATML, "</s>")
+        tokenizer = Tokenizer(folder)
+        _, [ids], _ = encode(tokenizer, ("x" + "a" * 28) * 300, ("e" * 28 + ".") * 300)
+        tokenizer.decode(ids)
+    assert "\n" not in str(error.value)
+    assert peak_memory() - memory < 2**16 and children_seconds() - seconds < 5
+    (tmp_path / "tokenizer.json").write_text(byte_level())
+    assert Tokenizer(tmp_path).backend.encode(["hello"])[0]
 
 
 def test_links_of_a_checkpoint(tmp_path):

@@ -32,7 +32,7 @@ from test_train import TOY, arguments, fails, run
 import data
 import sample
 import train
-from formats import template
+from formats import sandbox
 from formats.errors import DataError
 from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
@@ -418,7 +418,7 @@ def dated_template(path: Path) -> Path:
 
 
 def set_clock(monkeypatch, day: str) -> None:
-    monkeypatch.setattr(template, "today", lambda: day)
+    monkeypatch.setattr(sandbox, "today", lambda: day)
 
 
 def test_a_template_is_told_the_day(monkeypatch, tmp_path):

@@ -9,9 +9,12 @@ import hashlib
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -59,6 +62,16 @@ REPOSITORIES = {  # kind/name → revision → files
 }
 UNREACHABLE = "no such file or folder on this machine, and the hub cannot be reached ("
 
+# A download without the imports of the commands, which takes all files that the hub names.
+BARE = """\
+from formats.errors import DataError
+from formats.hub import from_hub
+try:
+    print("got", from_hub("owner/name@v2", "model", lambda files: files))
+except DataError as e:
+    print("refused:", e)
+"""
+
 # The script of a download: it prints the files it got, or the one line of the error.
 DOWNLOAD = """\
 from formats.checkpoint import checkpoint_folder
@@ -102,6 +115,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urllib.parse.unquote(self.path.partition("?")[0])
+        if self.server.hostile and self.server.hostile(self, path):
+            return None
         api = r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?"
         if asked := re.fullmatch(api, path):
             kind, name, what, revision = asked.groups()
@@ -140,7 +155,7 @@ class Hub(BaseHTTPRequestHandler):
         """Answer with a file, or break off halfway through the one that `server.cut` names."""
         if self.command == "GET":
             self.server.log.append(file)
-        headers = {"ETag": f'"{digest(body)}"', "X_Repo_Commit": sha}
+        headers = {"ETag": f'"{self.server.etag or digest(body)}"', "X_Repo_Commit": sha}
         if file == self.server.cut:
             headers["Content_Length"], body = str(len(body)), body[: len(body) // 2]
             self.close_connection = True
@@ -153,9 +168,12 @@ def digest(body: bytes) -> str:
 
 @pytest.fixture
 def hub():
-    """Start the server. Its `log` lists the files it sent; `cut` names a file to break off."""
+    """Start the server. Its `log` lists the files it sent; `cut` names a file to break off.
+
+    `hostile` is called before an answer, which it may give itself; `etag` replaces every file's.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.log, server.cut = [], None
+    server.log, server.cut, server.hostile, server.etag = [], None, None, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -169,7 +187,7 @@ def ask(hub, tmp_path):
     The function returns the names of the files that the process got, or the one line of its error.
     """
 
-    def ask(expression: str, **environment: str) -> list[str] | str:
+    def ask(expression: str, script: str = DOWNLOAD, **environment: str) -> list[str] | str:
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -178,7 +196,7 @@ def ask(hub, tmp_path):
         address = f"http://127.0.0.1:{hub.server_address[1]}"
         settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address}
         done = subprocess.run(
-            [sys.executable, "-c", DOWNLOAD.format(expression=expression)],
+            [sys.executable, "-c", script.replace("{expression}", expression)],
             env=clean | {"PYTHONPATH": str(ROOT)} | settings | environment,
             capture_output=True,
             text=True,
@@ -285,3 +303,98 @@ def test_half_a_split_is_not_trained_on(ask, hub, tmp_path):
     refused = ask(dataset("owner/prefs:train_prefs"), HF_HUB_OFFLINE="1")
     assert refused.startswith("owner/prefs:train_prefs: ")
     assert refused.endswith("1 of 2 parts are on this machine: complete the download or the copy")
+
+
+def endless(part: str, pause: float = 0):
+    """Return a hub that answers questions whose path holds `part` without end."""
+
+    def answer(handler: Hub, path: str) -> bool:
+        if part not in path or handler.command == "HEAD":
+            return False
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        try:
+            while True:
+                handler.wfile.write(b" " if pause else b" " * 2**20)
+                time.sleep(pause)
+        except OSError:
+            handler.close_connection = True
+        return True
+
+    return answer
+
+
+def later(status: int, **headers: str):
+    """Return a hub that asks to wait before any file is downloaded."""
+
+    def answer(handler: Hub, path: str) -> bool:
+        if "resolve" in path:
+            handler.answer(status, **headers)
+        return "resolve" in path
+
+    return answer
+
+
+def misnamed(files: list[str], sha: str = commit("v2")):
+    """Return a hub that lists these files for this commit."""
+
+    def answer(handler: Hub, path: str) -> bool:
+        if "/api/" in path:
+            what = "tree" if "/tree/" in path else ""
+            handler.answer_list(what, "owner/name", dict.fromkeys(files, b"evil"), sha)
+        else:
+            handler.answer_file("evil", b"evil", sha)
+        return True
+
+    return answer
+
+
+HOSTILE = {  # a hub, and what is said about it
+    "waits for a day": (later(429, Retry_After="100000"), "asks to wait 100001 seconds"),
+    "waits for another": (later(408, Retry_After="86400"), "asks to wait 86401 seconds"),
+    "a file without end": (endless("resolve"), "too large"),
+    "a list without end": (endless("/api/"), "cannot be reached"),
+    "a file of another folder": (misnamed(["../../../../../evil"]), "evil"),
+    "an absolute file": (misnamed(["/tmp/evil-of-the-hub"]), "evil"),
+    "a commit of another folder": (misnamed(["config.json"], "../../../../evil"), "evil"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_hub(hub, ask, tmp_path, case):
+    """What a hub says costs neither time, disk nor memory without bound, nor leads elsewhere."""
+    hub.hostile, why = HOSTILE[case]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    refused = ask("", BARE)
+    assert isinstance(refused, str) and refused.startswith("owner/name@v2: ") and why in refused
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
+    assert not Path("/tmp/evil-of-the-hub").exists()
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 2**26
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 2**20)
+
+
+@pytest.mark.parametrize("etag", ["../../../../evil", "/tmp/evil-of-the-hub"])
+def test_hub_that_names_its_blobs(hub, ask, tmp_path, etag):
+    """A file is written into the cache, whatever the hub calls its content."""
+    hub.etag = etag
+    assert "outside of the cache" in ask("", BARE)
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
+    assert not list(Path("/tmp").glob("evil-of-the-hub*"))
+
+
+def test_hub_that_drips(hub, tmp_path):
+    """A hub that sends a byte at a time, never long enough apart, is left after some time."""
+    hub.hostile = endless("resolve", pause=0.1)
+    limits = "hub.SMALL = (2, 2**26, 2**34)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import formats.hub as hub; {limits}; hub.serve()"]
+        + ["owner/name@v2", "model"],
+        env=os.environ
+        | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}"},
+        cwd=ROOT,
+        input=b'["config.json"]\n',
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == -signal.SIGALRM

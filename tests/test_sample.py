@@ -284,7 +284,7 @@ def test_prompts_from_text(command):
     Path("asked.txt").write_text(f"{FOX}\n\n{OWL}\x0c\u2028again\n\n", encoding="utf-8")
     status, out, _ = command("--prompts", "asked.txt", "--prompt", "", "--max-new-tokens", "40")
     assert status == 0
-    asked = ["", FOX, f"{OWL}\x0c\u2028again", ""]
+    asked = ["", FOX, rf"{OWL}\x0c\u2028again", ""]  # shown, not sent to the terminal
     assert [answer.split("\n  ")[0] for answer in out.split("\n\n")] == asked
     command("--prompts", "asked.txt", "--out", "answers.jsonl", "--max-new-tokens", "40")
     keys = ["prompt", "responses", "finished", "generation"]
@@ -634,3 +634,27 @@ def test_chat_streams_whole_characters(pieces, monkeypatch, tmp_path):
     monkeypatch.setattr("builtins.print", lambda *words, **options: printed.extend(words))
     sample.chat(None, tokenizer)
     assert [words for words in printed[1:] if words] == pieces
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b]0;title\x07", "a\x1b[2Jb", "\x9b31m", "\u202egnp.exe", "\r"]
+)
+def test_answers_do_not_steer_a_terminal(text, monkeypatch, capsys, tmp_path):
+    """A model may answer with any bytes; in the terminal, and in an error, they are only shown."""
+    tokenizer = byte_tokenizer(tmp_path)
+    ids = tokenizer.encode_responses([text])[0]
+    monkeypatch.setattr(
+        sample, "decode", lambda *args, **options: ((0, token, False) for token in ids)
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    sample.chat(None, tokenizer)
+    out = capsys.readouterr().out + str(DataError(text))
+    assert not set(out) & set("\x1b\x07\x9b\u202e\r")
+
+
+def test_chat_with_bytes_that_are_no_text(command, monkeypatch):
+    """Input that is not UTF-8 ends a chat with one line."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    status, out, error = command("--chat")
+    assert status == 1 and "sample.py: error: 'utf-8' codec can't decode" in error

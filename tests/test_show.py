@@ -10,10 +10,10 @@ from test_train import TOY, arguments, fails
 
 import train
 from data import encode
+from formats.errors import printable
 from formats.records import read_records
 from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
-from runtime.show import printable
 
 GOOD = {"prompt": "describe the fox .", "chosen": "the fox runs away .", "rejected": "the fox ."}
 

@@ -212,8 +212,8 @@ def test_loss_of_a_step_by_hand(monkeypatch, tmp_path):
 
     @torch.no_grad()
     def logps_of(prompt: str, response: str) -> torch.Tensor:
-        prompt_ids = tokenizer.backend.encode(f"<|user|> {prompt} <|end|> <|assistant|>").ids
-        ids = torch.tensor(prompt_ids + tokenizer.backend.encode(response + " <|end|>").ids)
+        prompt_ids = tokenizer.backend.encode([f"<|user|> {prompt} <|end|> <|assistant|>"])[0]
+        ids = torch.tensor(prompt_ids + tokenizer.backend.encode([response + " <|end|>"])[0])
         logps = logits_of(model, ids).log_softmax(-1)
         return logps[:-1].gather(1, ids[1:, None])[len(prompt_ids) - 1 :]
 
