@@ -78,23 +78,11 @@ def to_device(array: Any, device: torch.device) -> Tensor:
 # Architecture
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = upcast(x)
-        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        scale = (norm.square() / x.shape[-1] + self.eps).rsqrt()
-        return (x32 * scale).to(x.dtype) * self.weight
-
-
 def rotary_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position's angles, float32 [T, 1, E/2].
+    """Return cos and sin of the angle of every position and feature, float32 [T, 1, E].
 
-    Recomputed every forward pass, so there is no buffer to load or shard.
+    The first half of the features turns the other way, see `rotate`. The table is recomputed every
+    forward pass, so there is no buffer to load or shard.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = config.rope_theta ** -(exponents / config.head_dim)
@@ -105,36 +93,14 @@ def rotary_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (keep + (1 - keep) / s["factor"])
     angles = positions.float()[:, None] * frequencies
-    return angles.cos()[:, None], angles.sin()[:, None]
+    angles = torch.cat((-angles, angles), -1)[:, None]
+    return angles.cos(), angles.sin()
 
 
-class Rotate(torch.autograd.Function):
-    """Rotates feature pairs (i, i + E/2) of x [T, heads, E] by their position's angle, in float32.
-
-    The gradient is the incoming one rotated back, so backward needs nothing of x.
-    """
-
-    @staticmethod
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        a, b = upcast(x).chunk(2, dim=-1)
-        out = torch.empty_like(x, dtype=a.dtype)
-        left, right = out.chunk(2, dim=-1)
-        torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=right).addcmul_(a, sin)
-        return out.to(x.dtype)
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return Rotate.turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return Rotate.turn(grad, cos, -sin), None, None
-
-
-rotate = Rotate.apply
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the feature pairs (i, i + E/2) of x [T, heads, E] by their angles, in float32."""
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -170,14 +136,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.checkpoint_activations = False  # keep input and attention, recompute the rest …
-        self.saved_matmuls: set[tuple[int, int]] = (
-            set()
-        )  # … except matmuls with these weight shapes
+        self.save_matmuls("none")  # … except the matmuls that this names
 
     def save_matmuls(self, which: str) -> None:
         """Choose which matmul outputs activation checkpointing saves: "none", "attention" or "all".
@@ -187,15 +151,29 @@ class Block(nn.Module):
         a, m = self.self_attn, self.mlp
         attention = [a.q_proj, a.k_proj, a.v_proj, a.o_proj]
         saved = {"none": [], "attention": attention, "all": [*attention, m.gate_proj, m.up_proj]}
-        self.saved_matmuls = {(layer.in_features, layer.out_features) for layer in saved[which]}
+        shapes = frozenset((layer.in_features, layer.out_features) for layer in saved[which])
+        policy = partial(checkpoint_policy, shapes)
+        self.checkpoint_contexts = partial(create_selective_checkpoint_contexts, policy)
+
+    def compile(self) -> None:
+        """Compile the block as one graph, for streams of any length.
+
+        FSDP's hooks, which gather the weights, stay outside. So does attention in PyTorch's own
+        operations, which is cut to the lengths of a stream; FlashAttention is one operation.
+        """
+        if not hasattr(
+            PackedAttention.by_segment, "__wrapped__"
+        ):  # the first block does it for all
+            uncompiled = torch.compiler.disable(PackedAttention.by_segment)
+            PackedAttention.by_segment = uncompiled  # type: ignore[method-assign]
+        self.forward = torch.compile(self.forward, dynamic=True)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return self.body(x, cos, sin, attend)
-        policy = partial(checkpoint_policy, self.saved_matmuls)
-        contexts = partial(create_selective_checkpoint_contexts, policy)
-        options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
-        return checkpoint(self.body, x, cos, sin, attend, **options)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        contexts = self.checkpoint_contexts
+        return checkpoint(self.body, x, cos, sin, attend, context_fn=contexts, **options)
 
     def body(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
@@ -203,7 +181,7 @@ class Block(nn.Module):
 
 
 def checkpoint_policy(
-    saved_matmuls: set[tuple[int, int]], context, op, *args, **kwargs
+    saved_matmuls: frozenset[tuple[int, int]], context, op, *args, **kwargs
 ) -> CheckpointPolicy:
     """Save the chosen matmuls and the outputs of fused attention; recompute the rest.
 
@@ -221,7 +199,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # [T, D]
@@ -269,6 +247,7 @@ class Llama(nn.Module):
 # caches of a CPU want small ones.
 LOGITS_TILE = {"cuda": 2**25, "cpu": 2**20}
 MIN_TILE_WIDTH = 512  # vocabulary entries: matmuls with fewer columns are slow
+TILE_STEP = 128  # widths are multiples of it, the width that matmul kernels of GPUs work in
 
 
 class TiledLogps(torch.autograd.Function):
@@ -288,7 +267,8 @@ class TiledLogps(torch.autograd.Function):
 
         The last two tensors say whether each target is in the tile [N], and in which column [N, 1].
         """
-        width = max(MIN_TILE_WIDTH, LOGITS_TILE[hidden.device.type] // len(hidden))
+        width = LOGITS_TILE[hidden.device.type] // len(hidden)
+        width = max(MIN_TILE_WIDTH, width - width % TILE_STEP)
         for start in range(0, len(weight), width):
             entries = slice(start, min(start + width, len(weight)))
             inside = (entries.start <= targets) & (targets < entries.stop)
@@ -326,7 +306,27 @@ class TiledLogps(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 # Attention over a packed stream
 
-QUERY_BLOCK = 128  # query rows per block in the SDPA fallback; keys after its last row are skipped
+QUERY_BLOCK = 128  # query rows per block in `sdpa`; keys after its last row are skipped
+
+
+def flash_runs(device: torch.device) -> bool:
+    """Return True for a GPU that runs FlashAttention and computes bfloat16 in hardware."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_takes(head_dim: int) -> bool:
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
+def flash_kernel(window: int | None) -> Callable[..., Tensor]:
+    """Return FlashAttention for segments of any length, causal from the lower right corner."""
+    from torch.nn.attention.varlen import varlen_attn  # slow to import, and only needed on a GPU
+
+    # torch 2.12 and later ask for this flag; the kernel has always supported grouped queries.
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict = {"enable_gqa": True} if grouped else {}
+    left = -1 if window is None else window - 1
+    return partial(varlen_attn, window_size=(left, 0), **options)
 
 
 class PackedAttention:
@@ -343,30 +343,32 @@ class PackedAttention:
     ):
         self.key_index, self.window = key_index, window
         self.q_lengths, self.k_lengths = np.diff(cu_q).tolist(), np.diff(cu_k).tolist()
-        if key_index.is_cuda:
+        self.longest = max(self.q_lengths), max(self.k_lengths)
+        self.flash_runs = flash_runs(key_index.device)
+        if self.flash_runs:
+            self.kernel = flash_kernel(window)
             self.cu_q, self.cu_k = (to_device(cu, key_index.device) for cu in (cu_q, cu_k))
         self.mask: Tensor | None = None  # shared by all blocks, segments and layers, see `sdpa`
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return self.flash(q, k[self.key_index], v[self.key_index])
-        # PyTorch's backward kernel for CPUs is nearly three times as fast in float32 as in bfloat16
+        narrow = q.dtype in (torch.bfloat16, torch.float16)
+        if self.flash_runs and narrow and flash_takes(q.shape[-1]):
+            return self.flash(q, k, v)
+        return self.by_segment(q, k, v)
+
+    def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Run one kernel for all segments; it never computes blocks outside the mask."""
+        k, v = (x.index_select(0, self.key_index) for x in (k, v))  # backward adds, without sorting
+        return self.kernel(q, k, v, self.cu_q, self.cu_k, *self.longest)
+
+    def by_segment(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Run PyTorch's own kernels segment by segment."""
+        # Their backward on CPUs is nearly three times as fast in float32 as in bfloat16.
         q32, k32, v32 = upcast(q), upcast(k)[self.key_index], upcast(v)[self.key_index]
         lengths = self.q_lengths, self.k_lengths, self.k_lengths
         segments = zip(*(x.split(sizes) for x, sizes in zip((q32, k32, v32), lengths)))
         blocks = [block for segment in segments for block in self.sdpa(*segment)]
         return torch.cat(blocks).to(q.dtype)
-
-    def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Run one kernel for all segments; it never computes blocks outside the mask."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        window = (-1 if self.window is None else self.window - 1, 0)  # (to the left, to the right)
-        # torch 2.12 and later ask for this flag; the kernel has always supported grouped queries.
-        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-        gqa = {"enable_gqa": True} if grouped else {}
-        longest = max(self.q_lengths), max(self.k_lengths)
-        return varlen_attn(q, k, v, self.cu_q, self.cu_k, *longest, window_size=window, **gqa)
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
         """Yield one segment's output in blocks of queries, on any device and in any dtype.
@@ -376,7 +378,7 @@ class PackedAttention:
         `longest` + i, its column j the key at position j. A block that begins at position p reads
         it shifted by `longest` − p columns.
         """
-        longest = max(self.k_lengths)
+        longest = self.longest[1]
         if self.mask is None:
             self.mask = self.make_mask(longest, q)
         # [K, H/K, Tq, E]: query heads that share a key head are one batch
@@ -414,9 +416,7 @@ def train_flops(config: Config, pair: Any) -> float:
     Leaves out recomputation, and the head where nothing is predicted. Ignores the sliding window.
     """
     c = config
-    q_k_v_o = (
-        2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
-    )  # features in and out
+    q_k_v_o = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # features
     weights = c.hidden_size * (q_k_v_o + 3 * c.intermediate_size)  # of one block
     prompt, responses = len(pair.prompt), [len(response) for response in pair.responses]
     tokens = prompt + sum(responses)

@@ -45,6 +45,9 @@ from model import Attend, Config, Llama, PackedAttention
 from runtime.sample_flags import TOY, USAGE, Flags
 from runtime.settings import parse_table
 
+# A step attends to a multiple of so many positions: cuDNN plans its kernel anew for every length.
+KEY_UNIT = {"cuda": 128, "cpu": 1}
+
 
 class KVCache:
     """Stores keys and values of the sequences being decoded, one row per sequence.
@@ -79,11 +82,13 @@ class KVCache:
 
     def step(self, positions: list[int]) -> Attend:
         """Return attention from a new token in each row, at `positions`, to the whole row."""
-        device, count, longest = self.k.device, len(positions), max(positions) + 1
+        device, count, capacity = self.k.device, len(positions), self.k.shape[3]
         # A CPU takes a few rows at a time, up to their own longest; a GPU prefers a single launch.
-        size = 8 if device.type == "cpu" else count
+        size, unit = (8 if device.type == "cpu" else count), KEY_UNIT[device.type]
         ranges = [(i, min(i + size, count)) for i in range(0, count, size)]
-        blocks = [(slice(i, j), slice(max(positions[i:j]) + 1)) for i, j in ranges]
+        ends = [min(max(positions[i:j]) // unit * unit + unit, capacity) for i, j in ranges]
+        blocks = [(slice(i, j), slice(end)) for (i, j), end in zip(ranges, ends)]
+        longest = max(ends)
         rows, newest = torch.arange(count, device=device), torch.tensor(positions, device=device)
         distance = newest[:, None] - torch.arange(longest, device=device)
         mask = (distance >= 0) & (distance < (self.window or longest))
@@ -96,11 +101,9 @@ class KVCache:
             q = q.unflatten(1, (k.shape[1], -1))  # [rows, key-value heads, queries, features]
             out = []
             for block, seen in blocks:
-                keys, values = self.k[layer, block, :, seen], self.v[layer, block, :, seen]
+                keys, values = (cache[layer, block, :, seen] for cache in (self.k, self.v))
                 allowed = mask[block, :, :, seen]
-                out.append(
-                    F.scaled_dot_product_attention(q[block], keys, values, attn_mask=allowed)
-                )
+                out += [F.scaled_dot_product_attention(q[block], keys, values, attn_mask=allowed)]
             return torch.cat(out).flatten(1, 2)
 
         return attend

@@ -233,8 +233,7 @@ def build_model(inputs: Inputs, mesh: DeviceMesh, settings: Settings, trainable:
         block.checkpoint_activations = settings.activation_checkpointing
         block.save_matmuls(settings.keep_products)
         if settings.compile:
-            for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
-                part.compile(dynamic=True)  # streams differ in length; one compilation serves all
+            block.compile()
         fully_shard(block, **fsdp_options, reshard_after_forward=not keep_gathered)
     # The root holds the embedding and the head. The policy's stay gathered until backward.
     fully_shard(model, **fsdp_options, reshard_after_forward=not trainable)

@@ -119,8 +119,7 @@ def run(variant: str, job: dict) -> dict:
     for block in model.model.layers:
         block.checkpoint_activations = job["activation_checkpointing"]
         if variant == "+ compile":  # as train.py does
-            for part in (block.input_layernorm, block.post_attention_layernorm, block.mlp):
-                part.compile(dynamic=True)
+            block.compile()
     losses, seconds = [], []
     for i in range(0, len(pairs), job["batch_size"]):
         start = time.perf_counter()

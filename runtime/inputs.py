@@ -22,7 +22,7 @@ from formats.checkpoint import Weights, checkpoint_folder, read_config
 from formats.errors import DataError, printable
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
-from model import Config, Llama
+from model import Config, Llama, flash_runs, flash_takes
 from runtime.processes import agree, multiplies_bf16, on_every_rank, print0, progress, slice_of
 from runtime.settings import Settings
 from runtime.show import show_records
@@ -57,6 +57,7 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
     if settings.dtype == "bf16" and not multiplies_bf16(device):
         faster = "--dtype fp32 is several times as fast"
         print0(f"warning: this CPU has no bfloat16 arithmetic; {faster}")
+    warn_of_slow_attention(config, device)
     counts: dict[str, dict[str, int]] = {"data": {}, "eval_data": {}}
     held_out: list[Pair] = []
     pairs, counts["data"] = load_pairs(settings.data, tokenizer, settings)
@@ -67,6 +68,18 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
     warn_of_long_pairs([*pairs, *held_out], config.max_position_embeddings)
     steps = list(all_steps(len(pairs), settings))
     return Inputs(source, config, weights, tokenizer, pairs, held_out, counts, steps)
+
+
+def warn_of_slow_attention(config: Config, device: torch.device) -> None:
+    """Say so if FlashAttention runs neither on this GPU nor with this model's heads."""
+    size, reason = config.head_dim, ""
+    if device.type == "cuda" and not flash_runs(device):
+        name = torch.cuda.get_device_name(device)
+        reason = f"{name} is older than compute capability 8, so float32 is the default"
+    elif device.type == "cuda" and not flash_takes(size):
+        reason = f"FlashAttention takes no heads of {size} features"
+    if reason:
+        print0(f"warning: {reason}; attention runs in PyTorch's own operations, more slowly")
 
 
 def open_model(settings: Settings) -> tuple[Path, Config, Weights, Tokenizer]:

@@ -303,20 +303,20 @@ def activations(config: Config, load: Load, c: int, kind: str) -> Activations:
     w = max(c, 4)  # of a number that is upcast
     a = w if kind == "cpu" else c  # of a number in attention
     q, kv = (n * config.head_dim for n in (heads, config.num_key_value_heads))
+    # a norm's input and result; a CPU also keeps the result without its gains, both upcast
+    norm = hidden * (2 * w + c if kind == "cpu" else 2 * c)
     per_token = [  # features, bytes of each
-        (2 * hidden, w),  # inputs of the two norms, upcast
-        (4 * hidden, c),  # each norm, before and after its weight
         (2 * q, a),  # queries, and what attention returns
         (q * (kind == "cpu"), c),  # which on a CPU it returns segment by segment
         (heads, w),  # log of attention's normaliser
         (4 * mlp, c),  # gate, silu(gate), up, their product
     ]
     everything = load.tokens * sum(features * size for features, size in per_token)
-    everything += load.keys * 2 * kv * a
+    everything += load.tokens * 2 * norm + load.keys * 2 * kv * a
     # the gradients of silu(gate) and up beside that of the product, and of the residual stream
     backward = load.tokens * (2 * mlp + 2 * hidden) * c
     # the last norm; the positions that predict, and their gradient
-    head = load.tokens * hidden * (w + 2 * c) + load.predicted * 2 * hidden * c
+    head = load.tokens * norm + load.predicted * 2 * hidden * c
     # the block's input; attention's output and normaliser
     checkpointed = load.tokens * (hidden * c + q * a + heads * w)
     attention_products = load.tokens * (q + 2 * kv + hidden) * c

@@ -38,6 +38,9 @@ def start_ranks(settings: Settings) -> torch.device:
     if dist.is_initialized():
         return device
     if kind == "cuda":
+        # Streams differ in length: segments that grow waste less memory than blocks of many sizes.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     else:
         # oneDNN caches buffers for every shape it has seen, and our streams all differ in length.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -55,7 +56,12 @@ def make_reference(
 
 def look_up(table: Tensor, pairs: list[Pair]) -> Tensor:
     """Return the rows of `pairs` in a cached reference, [pairs, (chosen, rejected)] in nats."""
-    return table[to_device([pair.index for pair in pairs], table.device)]
+    return table[rows_of(pairs, table)]
+
+
+def rows_of(pairs: list[Pair], table: Tensor) -> Tensor:
+    """Return the indices of `pairs` in a cached reference, on its device, without waiting."""
+    return to_device(np.array([pair.index for pair in pairs], np.int64), table.device)
 
 
 def fill_table(table: Tensor, score: Reference, inputs: Inputs, settings: Settings) -> None:
@@ -75,10 +81,10 @@ def fill_table(table: Tensor, score: Reference, inputs: Inputs, settings: Settin
         for shares in micro_batches(step, world, settings.microbatch_tokens, cost):
             # Every rank must join every forward pass: one without pairs runs any pair.
             logps = score(shares[rank] or step[:1])
-            indices = [pair.index for pair in shares[rank]]
-            table[indices] = logps[: len(indices)]
-            scored[indices] += 1
+            rows = rows_of(shares[rank], table)
+            table[rows] = logps[: len(rows)]
+            scored[rows] += 1
     dist.all_reduce(table)
     dist.all_reduce(scored)
-    wanted = [pair.index for step in steps for pair in step]
+    wanted = rows_of([pair for step in steps for pair in step], table)
     assert (scored[wanted] == 1).all(), "every pair is scored exactly once"

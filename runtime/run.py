@@ -134,7 +134,7 @@ class Run:
             "epoch": float(self.pairs_seen[step]) / len(self.inputs.pairs),
             **metrics,
             **speed(self.inputs.config, batch, seconds, self.device),
-            "peak_memory_gib": peak_memory_gib(self.device),
+            **peak_memory(self.device),
         }
         count = len(self.inputs.steps)
         due = (step + 1) % self.settings.log_every == 0 or step + 1 == count
@@ -381,12 +381,18 @@ def open_writers(run: Run) -> list[Callable[[dict], object]]:
     return writers
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory this rank has held: allocated on the GPU, or resident on a CPU."""
+def peak_memory(device: torch.device) -> Metrics:
+    """Return the most GiB this rank has held: allocated on the GPU, or resident on a CPU.
+
+    On a GPU also what the allocator has reserved, with what lies unused between tensors.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        reserved = torch.cuda.max_memory_reserved(device) / 2**30
+        allocated = torch.cuda.max_memory_allocated(device) / 2**30
+        return {"peak_memory_gib": allocated, "reserved_memory_gib": reserved}
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_gib": peak / 2**30}
 
 
 def speed(config: Config, pairs: list[Pair], seconds: float, device: torch.device) -> Metrics:

@@ -11,7 +11,7 @@ import torch
 from formats.benchmarks import BENCHMARKS, Benchmark
 from formats.candidates import SETTINGS
 from formats.errors import DataError
-from runtime.settings import ROOT, is_date, option
+from runtime.settings import ROOT, auto_dtype, is_date, option
 
 TOY = ROOT / "toy" / "checkpoint"
 USAGE = "sample.py [--flag value ...]     (--help explains every flag)"
@@ -94,7 +94,7 @@ class Flags:
     )
     dtype: str = option(
         "auto",
-        "dtype to compute in; auto is bf16 on cuda and fp32 on a CPU",
+        "dtype to compute in; auto is bf16 on a GPU of compute capability 8 or later, else fp32",
         choices=("auto", "bf16", "fp32"),
     )
     device: str = option(
@@ -129,7 +129,7 @@ class Flags:
         if self.device == "auto":
             self.device = "cuda" if cuda else "cpu"
         if self.dtype == "auto":
-            self.dtype = "bf16" if self.device == "cuda" else "fp32"
+            self.dtype = auto_dtype(self.device)
         return self.device, torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     @property

@@ -25,6 +25,7 @@ from formats.errors import DataError
 from formats.files import reading
 from formats.schemas import FORMATS, Columns
 from methods.objectives import OBJECTIVES, hyperparameters
+from model import flash_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -246,8 +247,9 @@ class Settings:
     )
     dtype: str = option(
         "auto",
-        "dtype to compute in: bf16 on cuda, fp32 on a CPU; master weights and the loss are float32 "
-        "in both. fp64 does everything in float64, to tell a bug from rounding",
+        "dtype to compute in; auto: bf16 on a GPU of compute capability 8 or later, else fp32. "
+        "Master weights and the loss are float32 in both. fp64 does everything in float64, to tell "
+        "a bug from rounding",
         choices=("auto", "bf16", "fp32", "fp64"),
     )
     microbatch_tokens: int = option(
@@ -266,9 +268,8 @@ class Settings:
     keep_products: str = option(
         "none",
         "matrix products that activation checkpointing saves nevertheless. attention spares a "
-        "quarter to a third of the recomputation; all adds those of the MLPs, except under "
-        "--compile. For Llama 3 8B in bf16 they take 0.66 or 2.5 GB per 1,000 tokens of "
-        "--microbatch-tokens",
+        "quarter to a third of the recomputation; all adds those of the MLPs. For Llama 3 8B in "
+        "bf16 they take 0.66 or 2.5 GB per 1,000 tokens of --microbatch-tokens",
         choices=("none", "attention", "all"),
         may_change=True,
     )
@@ -285,7 +286,7 @@ class Settings:
         may_change=True,
     )
     compile: bool = option(
-        False, "torch.compile norms and MLPs: a slow start, less memory traffic", may_change=True
+        False, "torch.compile the blocks: a slow start, less memory traffic", may_change=True
     )
     replicate: int = option(
         1,
@@ -366,8 +367,8 @@ class Settings:
         """
         if problem := table_problem(self):
             raise DataError(problem)
-        auto = "bf16" if device == "cuda" else "fp32"
-        return dataclasses.replace(self, dtype=auto if self.dtype == "auto" else self.dtype)
+        dtype = auto_dtype(device) if self.dtype == "auto" else self.dtype
+        return dataclasses.replace(self, dtype=dtype)
 
     @property
     def named_columns(self) -> Columns:
@@ -409,6 +410,12 @@ class Settings:
         if self.keep_products != "none" and not self.activation_checkpointing:
             return f"--keep-products {self.keep_products} needs --activation-checkpointing"
         return None
+
+
+def auto_dtype(device: str) -> str:
+    """Return the dtype that `auto` means on "cuda" or "cpu": bf16 on GPUs that compute in it."""
+    old = torch.cuda.is_available() and not flash_runs(torch.device("cuda"))
+    return "bf16" if device == "cuda" and not old else "fp32"
 
 
 @dataclass

@@ -48,7 +48,7 @@ from formats.schemas import Columns, Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES, hyperparameters, pair_losses
 from model import Llama
-from runtime.settings import Settings
+from runtime.settings import Settings, auto_dtype
 from study.figures import (
     curves_table,
     draw_accuracy_by_length,
@@ -306,7 +306,7 @@ def score_checkpoint(source: Path, name: str, settings: Settings) -> tuple[Tenso
     pairs, counts = read_pairs(name, tokenizer, *lengths, like_authors, columns=columns)
     for what, n in counts.items():
         print(f"{name}: {n} {what}", file=sys.stderr)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if auto_dtype(device.type) == "bf16" else torch.float32
     return score_pairs(checkpoint.load(source, device, dtype), pairs, settings.microbatch_tokens)
 
 

@@ -291,6 +291,7 @@ def test_tiled_logps(width, min_width, monkeypatch):
     expected_gradients = torch.autograd.grad(expected, (hidden, weight), slopes)
     monkeypatch.setitem(llama.LOGITS_TILE, "cpu", n * width)
     monkeypatch.setattr(llama, "MIN_TILE_WIDTH", min_width)
+    monkeypatch.setattr(llama, "TILE_STEP", 1)
     saved_shapes = []
 
     def record(x):
@@ -317,20 +318,20 @@ def test_tiled_logps_of_large_logits():
     torch.testing.assert_close(gradient, torch.tensor([[1.0], [0.0], [-1.0]]))
 
 
-CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="PackedAttention.flash is a CUDA kernel"
-)
-
-
 @pytest.mark.parametrize("window", [None, 64])
-@pytest.mark.parametrize(
-    "device, dtype, tolerance",
-    [("cpu", torch.float32, 1e-5), pytest.param("cuda", torch.bfloat16, 2e-2, marks=CUDA)],
-)
-def test_attention_kernels(device, dtype, tolerance, window, monkeypatch):
-    """Both kernels follow the attention rule, forward and backward, beyond one block of queries."""
-    if device == "cuda":
-        monkeypatch.setattr(PackedAttention, "sdpa", None)  # so that only flash can run
+def test_attention_by_segment(window):
+    """The path of CPUs, in float32. tests/test_cuda_branch.py holds the other to the same."""
+    assert_attention_is_naive("cpu", torch.float32, 1e-5, window)
+
+
+def assert_attention_is_naive(
+    device: str, dtype: torch.dtype, tolerance: float, window: int | None, size: int = 64,
+    heads: tuple[int, int] = (8, 2),
+):  # fmt: skip
+    """Check the attention rule, forward and backward, beyond one block of queries.
+
+    size: features per head. heads: of the queries, and of the keys and values.
+    """
     lengths = [(150, [70, 33]), (1, [1, 1]), (40, [5, 200, 1]), (129, [128])]
     packed = {name: torch.from_numpy(value) for name, value in pack(make_pairs(lengths)).items()}
     key_index = packed["key_index"].to(device)
@@ -338,10 +339,10 @@ def test_attention_kernels(device, dtype, tolerance, window, monkeypatch):
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int) -> torch.Tensor:
-        size = (len(packed["tokens"]), heads, 64)
-        return torch.randn(size, generator=generator).to(device, dtype)
+        shape = (len(packed["tokens"]), heads, size)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
-    q, k, v, slopes = draw(8), draw(2), draw(2), draw(8)
+    q, k, v, slopes = (draw(heads[i]) for i in (0, 1, 1, 0))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = attend(0, *inputs)
     actual = torch.autograd.grad(out, inputs, slopes)

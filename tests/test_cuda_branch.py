@@ -1,0 +1,231 @@
+"""Checks on a CPU what only runs on a GPU: FlashAttention's branch, under its kernel's contract.
+
+`flash_on_cpu` stands in for the kernel and raises an error where it would.
+"""
+
+import copy
+import os
+from functools import partial
+
+import flash_on_cpu
+import numpy as np
+import pytest
+import test_model
+import test_train
+import torch
+import torch.distributed as dist
+
+import model as llama
+import sample
+import tiny
+import train
+from data import pack
+from formats import checkpoint
+from model import Llama, PackedAttention
+from runtime import processes, reference
+from runtime.settings import Settings, read_settings
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Take the branch of GPUs for CPU tensors; return the counts of the kernel's calls."""
+    pretend(monkeypatch.setattr)
+    monkeypatch.setattr(flash_on_cpu, "CALLS", {"forward": 0, "backward": 0})
+    return flash_on_cpu.CALLS
+
+
+def pretend(setattr=setattr) -> None:
+    setattr(llama, "flash_runs", lambda device: True)
+
+
+def logps_of(model: Llama, lengths: test_model.Lengths) -> torch.Tensor:
+    """Return the log-probabilities of all responses in a stream of pairs with these lengths."""
+    packed = pack(test_model.make_pairs(lengths))
+    arrays = {name: packed.pop(name) for name in ("cu_q", "cu_k")}
+    return model(**{name: torch.from_numpy(value) for name, value in packed.items()}, **arrays)
+
+
+# One kernel.
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("heads, size", [((8, 2), 64), ((3, 3), 8), ((4, 1), 256)])
+def test_attention_by_the_kernel(calls, window, heads, size):
+    """Grouped queries or not, with or without a window: what naive attention gives."""
+    test_model.assert_attention_is_naive("cpu", torch.bfloat16, 2e-2, window, size, heads)
+    assert calls == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float32, 64), (torch.bfloat16, 12), (torch.bfloat16, 264)]
+)
+def test_what_the_kernel_refuses_goes_another_way(calls, dtype, size):
+    """Float32, a head size that is not a multiple of 8, and one above 256."""
+    test_model.assert_attention_is_naive("cpu", dtype, 2e-2, 64, size, heads=(2, 1))
+    assert calls == {"forward": 0, "backward": 0}
+
+
+@pytest.mark.parametrize(
+    "break_it, complaint",
+    [
+        (lambda attend: setattr(attend, "cu_q", attend.cu_q.long()), "int32 offsets"),
+        (lambda attend: setattr(attend, "cu_k", attend.cu_k // 2), "the totals"),
+        (lambda attend: setattr(attend, "longest", (3, 3)), "the longest lengths"),
+    ],
+)
+def test_the_stand_in_refuses(calls, break_it, complaint):
+    positions, cu = torch.arange(9), np.array([0, 4, 9], np.int32)
+    attend = PackedAttention(positions, cu, cu)
+    q = torch.ones(9, 2, 8, dtype=torch.bfloat16)
+    assert attend(0, q, q, q).shape == q.shape
+    break_it(attend)
+    with pytest.raises(RuntimeError, match=f"FlashAttention demands.*{complaint}"):
+        attend(0, q, q, q)
+
+
+@pytest.mark.parametrize("capability, able", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_old_gpus_take_the_other_way(monkeypatch, capability, able):
+    """Compute capability below 8: neither FlashAttention nor, by default, bfloat16."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert llama.flash_runs(torch.device("cuda", 0)) is able
+    settings = read_settings(["--device=cuda"])
+    assert settings.resolved("cuda").dtype == ("bf16" if able else "fp32")
+    assert settings.resolved("cpu").dtype == "fp32"
+
+
+# Whole models.
+
+LENGTHS = [[(30, [20, 10])], [(31, [5, 9]), (7, [8, 60])], [(90, [80, 70])]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Llama:
+    folder = tmp_path_factory.mktemp("model")
+    return checkpoint.load(tiny.write(folder, tiny.FAMILIES["mistral-0.1"]), dtype=torch.bfloat16)
+
+
+def test_checkpointing_saves_the_kernels_output(calls, model):
+    """Backward calls the forward kernel no second time, and gradients stay equal to the bit."""
+    gradients, blocks = [], model.model.layers
+    for saved in (None, "none", "attention", "all"):
+        for block in blocks:
+            block.checkpoint_activations = saved is not None
+            block.save_matmuls(saved or "none")
+        calls.update(forward=0, backward=0)
+        gradients.append(
+            torch.autograd.grad(logps_of(model, LENGTHS[1]).sum(), list(model.parameters()))
+        )
+        assert calls == {"forward": len(blocks), "backward": len(blocks)}, saved
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_are_one_graph(calls, model, checkpointing, monkeypatch):
+    """No graph break, and one compilation for all layers and for streams of any length."""
+    compiled = copy.deepcopy(model)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(PackedAttention, "by_segment", PackedAttention.by_segment)  # undo later
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in compiled.model.layers:
+        block.checkpoint_activations = checkpointing
+        block.compile()
+    for lengths in LENGTHS:
+        losses = [logps_of(m, lengths).sum() for m in (model, compiled)]
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+        losses[1].backward()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    passes = 3 * len(compiled.model.layers)
+    assert calls == {"forward": 2 * passes, "backward": passes}
+    torch._dynamo.reset()
+
+
+def test_few_key_lengths_in_decoding(monkeypatch):
+    """Every step attends to a multiple of 32 positions, and the answers stay the same."""
+    toy, lengths = checkpoint.load(test_train.TOY / "checkpoint"), set()
+    original = sample.F.scaled_dot_product_attention
+    prompts = [[5, 6, 7], [8] * 40, [9, 10]]
+    expected = sample.generate(toy, prompts, set(), max_new_tokens=30)
+
+    def spy(q, k, v, **options):
+        lengths.add(k.shape[2])
+        return original(q, k, v, **options)
+
+    monkeypatch.setitem(sample.KEY_UNIT, "cpu", 32)
+    assert sample.generate(toy, prompts, set(), max_new_tokens=30) == expected
+    monkeypatch.setattr(sample.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(sample.PackedAttention, "__call__", lambda *qkv: qkv[2])  # the prompts'
+    sample.generate(toy, prompts, set(), max_new_tokens=30)
+    assert lengths == {64, 70}
+
+
+class OnDevice(torch.Tensor):
+    """Refuses lists as indices, which would be copied to a GPU from pageable memory."""
+
+    def __getitem__(self, index):
+        assert isinstance(index, torch.Tensor)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index, value):
+        assert isinstance(index, torch.Tensor)
+        super().__setitem__(index, value)
+
+
+def test_a_cached_reference_waits_for_no_index():
+    pairs = test_model.make_pairs([(3, [2, 1]), (2, [1, 4])])
+    for index, pair in enumerate(pairs):
+        pair.index = index
+    table = torch.arange(6.0).view(3, 2).as_subclass(OnDevice)
+    assert reference.look_up(table, pairs[::-1]).tolist() == [[2, 3], [0, 1]]
+    assert reference.rows_of([], table).tolist() == []
+    table[reference.rows_of(pairs, table)] += 1
+
+
+@pytest.mark.parametrize("theirs", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", None])
+def test_segments_of_gpu_memory_grow(monkeypatch, theirs):
+    """Unless the user has configured the allocator, under its old or its new name."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if theirs:
+        monkeypatch.setenv(theirs, "max_split_size_mb:512")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: 1 / 0)  # CUDA would start here
+    with pytest.raises(ZeroDivisionError):
+        processes.start_ranks(Settings(device="cuda"))
+    conf = os.environ.get("PYTORCH_ALLOC_CONF")
+    assert conf == {
+        None: "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "max_split_size_mb:512",
+        "PYTORCH_CUDA_ALLOC_CONF": None,
+    }.get(theirs)
+
+
+# Two ranks.
+
+RANKS = 2
+FLAGS = {"objective": "dpo", "beta": 0.1, "dtype": "bf16", "max_steps": 2, "keep_products": "all"}
+
+
+def train_on_a_rank(rank: int, flags: list[str], rendezvous: str) -> None:
+    """Train as one of several ranks, on the branch of GPUs."""
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
+    pretend()
+    train.train(read_settings(flags))
+    assert flash_on_cpu.CALLS["backward"] > 0
+    dist.destroy_process_group()
+
+
+def test_two_ranks_train_as_one(calls, monkeypatch, tmp_path):
+    """FSDP2 shards the blocks around the kernel; an online reference runs it without gradients."""
+    flags = test_train.few_pairs(tmp_path) | {"microbatch_tokens": 200} | FLAGS
+    alone = test_train.losses(test_train.run(monkeypatch, tmp_path / "alone", **flags))
+    assert calls["backward"] > 0
+    words = test_train.arguments(tmp_path / "two", **flags)
+    rendezvous = f"file://{tmp_path}/rendezvous"
+    torch.multiprocessing.spawn(train_on_a_rank, (words, rendezvous), nprocs=RANKS)
+    together = test_train.losses(test_train.rows_of(tmp_path / "two"))
+    assert together == pytest.approx(alone, rel=5e-3)
