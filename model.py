@@ -161,11 +161,8 @@ class Block(nn.Module):
         FSDP's hooks, which gather the weights, stay outside. So does attention in PyTorch's own
         operations, which is cut to the lengths of a stream; FlashAttention is one operation.
         """
-        if not hasattr(
-            PackedAttention.by_segment, "__wrapped__"
-        ):  # the first block does it for all
-            uncompiled = torch.compiler.disable(PackedAttention.by_segment)
-            PackedAttention.by_segment = uncompiled  # type: ignore[method-assign]
+        if not hasattr(attend := PackedAttention.by_segment, "__wrapped__"):  # once for all blocks
+            setattr(PackedAttention, "by_segment", torch.compiler.disable(attend))
         self.forward = torch.compile(self.forward, dynamic=True)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

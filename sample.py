@@ -42,6 +42,7 @@ from formats.checkpoint import checkpoint_folder, load, read_config
 from formats.errors import DataError, InputError, printable
 from formats.tokenizer import Tokenizer, read_template
 from model import Attend, Config, Llama, PackedAttention
+from runtime.processes import out_of_memory
 from runtime.sample_flags import TOY, USAGE, Flags
 from runtime.settings import parse_table
 
@@ -336,9 +337,11 @@ def main() -> None:
         sample(flags)
     except (InputError, OSError, UnicodeError) as e:
         sys.exit(f"sample.py: error: {e}")
-    except torch.OutOfMemoryError as e:
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
         advice = f"lower --batch-size ({flags.batch_size}) or --max-new-tokens"
-        sys.exit(f"sample.py: error: {e}\n{advice}")
+        sys.exit(f"sample.py: error: {out_of_memory(e)}; {advice}")
     except KeyboardInterrupt as e:
         sys.exit("; ".join(["\nsample.py: interrupted", *map(str, e.args)]))
 

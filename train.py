@@ -18,6 +18,11 @@ leaves OUT/config.json, OUT/metrics.jsonl and OUT/model, see `runtime/run.py`. T
 resumes it from its checkpoints, see `runtime/resume.py`.
 """
 
+import runtime.signals  # before torch, whose import takes seconds
+
+if __name__ == "__main__":
+    runtime.signals.listen("train.py")
+
 import math
 import shlex
 from functools import partial
@@ -35,9 +40,9 @@ from methods.objectives import OBJECTIVES, pair_losses
 from model import Llama, to_device, train_flops
 from runtime.inputs import Inputs, dry_run, open_inputs
 from runtime.plan import print_plan
-from runtime.processes import agree, is_rank_0, make_mesh, start_ranks, trim_freed_memory
+from runtime.processes import agree, make_mesh, start_ranks, trim_freed_memory
 from runtime.reference import Reference, make_reference
-from runtime.run import Run, report_errors
+from runtime.run import Run, report_errors, warn_of_failure
 from runtime.sample_flags import TOY
 from runtime.settings import Settings, read_command
 from runtime.show import show
@@ -176,8 +181,7 @@ def train(settings: Settings) -> dict:
             run.evaluate_if_due(step)
             run.save_if_due(step)
         summary = run.finish()
-        if is_rank_0():
-            print(printable(report(inputs, summary)))
+        warn_of_failure(lambda: print(printable(report(inputs, summary))))
     return summary
 
 
@@ -277,10 +281,9 @@ def report(inputs: Inputs, summary: dict) -> str:
         lines += [f"\nWhat was learnt, on {len(pairs)} held-out pairs:"]
         lines += ["  reward accuracy  {:7.1f} %  →  {:.1f} %".format(*percent)]
         lines += ["  reward margin    {:+7.3f}    →  {:+.3f}".format(*margins)]
-    # A model with less than 128 MiB of weights answers at once, also on a CPU.
-    if sum(path.stat().st_size for path in model.glob("*.safetensors")) < 2**27:
-        ids, tokenizer, judged = pairs[0].prompt.tolist(), inputs.tokenizer, []
-        prompt = tokenizer.decode(ids)
+    if sum(path.stat().st_size for path in model.glob("*.safetensors")) < 2**27:  # answers at once
+        room, tokenizer, judged = inputs.config.max_position_embeddings // 2, inputs.tokenizer, []
+        prompt = tokenizer.decode(ids := pairs[0].prompt[:room].tolist())
         if inputs.source.resolve() == TOY:
             from toy.evidence import evidence  # only the toy has a world and a judge
 
@@ -289,7 +292,7 @@ def report(inputs: Inputs, summary: dict) -> str:
         for when, folder in (("before", inputs.source), ("after", model)) if not judged else ():
             [answer] = generate(load(folder), [ids], tokenizer.stop_ids, max_new_tokens=128)
             lines += [f"  {when:6}  {tokenizer.decode(answer)}"]
-    command = f"python sample.py --model {model} --prompt {shlex.quote(prompt)}"
+    command = shlex.join(["python", "sample.py", "--model", str(model), "--prompt", prompt])
     files = f"{out}/metrics.jsonl (a line per step), {out}/config.json (all settings)"
     return "\n".join([*lines, "", f"Sample from it:  {command}", f"Look at the run: {files}"])
 

@@ -14,13 +14,14 @@ worst (formats/schemas.py). With --format, `finish` writes the answer file of a 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from data import Messages
 from formats.benchmarks import Benchmark
@@ -191,6 +192,9 @@ class AnswerFile:
     generation: dict
     benchmark: Benchmark | None = None
     records: list[dict] = field(default_factory=list)  # of the first questions, finished so far
+    file: IO[bytes] = field(
+        init=False
+    )  # OUT.incomplete, locked from `resume` until this object ends
 
     @property
     def work(self) -> Path:
@@ -215,33 +219,52 @@ class AnswerFile:
         return record | answers | {"generation": generation}
 
     def resume(self, tokenizer: Tokenizer, overwrite: bool = False) -> int:
-        """Read what an interrupted command has left; return the number of questions it answered.
+        """Lock and read what an interrupted command has left; return the number of answers.
 
-        Truncates the file after its last complete line. `overwrite` deletes a file that the
-        current command would not have written. tokenizer: of the model that answers; the model's
-        files are read once, so that one file never holds the answers of two models.
+        No other command can write OUT until this one ends. Truncates the file after its last
+        complete line. `overwrite` empties a file that the current command would not have written.
+        tokenizer: of the model that answers; the model's files are read once, so that one file
+        never holds the answers of two models.
 
         Raises:
             DataError: an existing line is not one that this command would write. The message
                 names the line and the first difference.
         """
         self.generation = self.generation | {"model_sha256": content_digest(tokenizer)}
-        raw = self.work.read_bytes() if self.work.exists() else b""
+        self.file = self.lock(overwrite)
+        raw = self.file.read()
         complete = raw[: raw.rfind(b"\n") + 1]
         self.records = []
         for i, line in enumerate(complete.splitlines()):
             record, problem = self.read_line(line, i)
             if problem and overwrite:
-                self.work.unlink()
-                self.records = []
-                return 0
+                self.records, complete = [], b""
+                break
             if problem:
                 advice = "move the file away, or pass --overwrite to start over"
                 raise DataError(f"{self.work}:{i + 1}: {problem}; {advice}")
             self.records.append(record)
-        if len(complete) < len(raw):
-            os.truncate(self.work, len(complete))
+        self.file.truncate(len(complete))
         return len(self.records)
+
+    def lock(self, overwrite: bool) -> IO[bytes]:
+        """Open OUT.incomplete, locked until it is closed, and rewind it.
+
+        Raises:
+            FileExistsError: another command is writing it, or has finished it since this one began.
+        """
+        file = open(self.work, "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(self.work))
+        except BlockingIOError:
+            raise FileExistsError(f"{self.work}: another command is writing there") from None
+        except FileNotFoundError:
+            mine = False
+        if not mine or (self.out.exists() and not overwrite):
+            raise FileExistsError(f"{self.out}: another command has just finished it")
+        file.seek(0)
+        return file
 
     def read_line(self, line: bytes, i: int) -> tuple[dict, str | None]:
         """Return the record on line `i`, and why the current command would not have written it."""
@@ -271,16 +294,15 @@ class AnswerFile:
         Raises:
             KeyboardInterrupt: its message says how much is written, and how to resume.
         """
-        with open(self.work, "a", encoding="utf-8") as file:
-            try:
-                for question, samples in answered:
-                    self.records.append(self.record(question, samples))
-                    file.write(dump(self.records[-1]))
-                    file.flush()
-            except KeyboardInterrupt:
-                done = f"{len(self.records)} of {len(self.questions)} prompts are answered in"
-                advice = "run the same command again to resume"
-                raise KeyboardInterrupt(f"{done} {self.work}; {advice}") from None
+        try:
+            for question, samples in answered:
+                self.records.append(self.record(question, samples))
+                self.file.write(dump(self.records[-1]).encode())
+                self.file.flush()
+        except KeyboardInterrupt:
+            done = f"{len(self.records)} of {len(self.questions)} prompts are answered in"
+            advice = "run the same command again to resume"
+            raise KeyboardInterrupt(f"{done} {self.work}; {advice}") from None
 
     def finish(self, name: str, tokenizer: Tokenizer) -> None:
         """Atomically turn the finished OUT.incomplete into OUT.

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -132,3 +133,19 @@ def digests(files: Iterable[Path], known: dict[str, dict] | None = None) -> dict
                 entry = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "stat": stat}
         found[path.name] = entry
     return found
+
+
+def remove(path: Path) -> None:
+    """Delete a folder; of a link, only the link.
+
+    It is renamed first, so that a half-deleted folder never keeps its name.
+
+    Raises:
+        OSError: something in it cannot be deleted.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
+    doomed = path.with_name(path.name + ".incomplete")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(path.rename(doomed))

@@ -25,6 +25,9 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 # Otherwise restarted workers are given the addresses of the previous ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# A worker that is told to stop before the first step has no checkpoint to show, and creates this.
+export TRAIN_STOPPED="$out.stopped"
+mkdir -p "$(dirname "$out")" && rm -f "$TRAIN_STOPPED"
 newest() { ls "$out/checkpoints" 2>/dev/null | grep -x 'step-[0-9]*' | sort -V | tail -n 1; }
 before=$(newest)
 
@@ -32,8 +35,11 @@ srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" \
     torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 2 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
     train.py --out "$out" --replicate "$SLURM_NNODES" --save-every 50 "$@"
+status=$?
 
-# Requeue an unfinished run only if it saved a newer checkpoint. Otherwise an error would repeat.
-if [ ! -d "$out/model" ] && [ "$(newest)" != "$before" ]; then
+# Requeue an unfinished run only if it saved a newer checkpoint, or was told to stop: 75, or the
+# signal itself if that came while torchrun started. Otherwise an error would repeat.
+case $status in 75 | 138 | 143) touch "$TRAIN_STOPPED" ;; esac
+if [ ! -d "$out/model" ] && { [ "$(newest)" != "$before" ] || [ -e "$TRAIN_STOPPED" ]; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -27,6 +27,8 @@ from runtime.processes import agree, multiplies_bf16, on_every_rank, print0, pro
 from runtime.settings import Settings
 from runtime.show import show_records
 
+MOST_STEPS = 10**7  # of a run, all of which are planned before the first
+
 
 @dataclass
 class Inputs:
@@ -245,8 +247,16 @@ def warn_of_long_pairs(pairs: list[Pair], positions: int) -> None:
 
 
 def all_steps(count: int, settings: Settings) -> Iterator[np.ndarray]:
-    """Return an iterator over the pair indices of every step of a run."""
+    """Return an iterator over the pair indices of every step of a run.
+
+    Raises:
+        DataError: there are more than MOST_STEPS.
+    """
     s = settings
+    total = s.epochs * math.ceil(count / s.batch_size)
+    if min(total, s.max_steps or total) > MOST_STEPS:
+        what = f"--epochs {s.epochs} of {count:,} pairs are {total:,} steps"
+        raise DataError(f"{what}, more than {MOST_STEPS:,}: lower it, or set --max-steps")
     steps = batches(count, s.batch_size, s.epochs, s.seed, s.shuffle)
     return itertools.islice(steps, s.max_steps)
 

@@ -1,4 +1,4 @@
-"""Join the ranks of a run, let them agree, and talk to the operating system.
+"""Join the ranks of a run, let them agree, print, and talk to the operating system.
 
 One rank takes the same path as many; without torchrun a run is a group of one. A function of this
 file that talks to other ranks must be called on all of them.
@@ -7,9 +7,9 @@ file that talks to other ranks must be called on all of them.
 import contextlib
 import ctypes
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,9 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
 from formats.errors import DataError
+from runtime import signals
 from runtime.settings import Settings
 
-PARENT = os.getppid()  # torchrun, if that started us
+# How long ranks wait for each other before they give up. One may have to read a lot while others
+# wait; NCCL's own 10 minutes are too short for that.
+TIMEOUT = timedelta(minutes=30)
+AGREED = "raised on every rank"  # a note on an error
 
 # --------------------------------------------------------------------------------------------------
 # Joining
@@ -30,6 +34,9 @@ def start_ranks(settings: Settings) -> torch.device:
     """Join the group that torchrun describes in the environment; return this rank's device.
 
     Without torchrun, this process forms a group of one. A process that has joined stays joined.
+
+    Raises:
+        DataError: this machine has fewer GPUs than ranks.
     """
     available = "cuda" if torch.cuda.is_available() else "cpu"
     kind = available if settings.device == "auto" else settings.device
@@ -37,7 +44,10 @@ def start_ranks(settings: Settings) -> torch.device:
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if dist.is_initialized():
         return device
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if kind == "cuda":
+        if ranks_here > (gpus := torch.cuda.device_count()):
+            raise DataError(f"{ranks_here} ranks for {gpus} GPUs: pass --nproc-per-node {gpus}")
         # Streams differ in length: segments that grow waste less memory than blocks of many sizes.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -46,8 +56,12 @@ def start_ranks(settings: Settings) -> torch.device:
         # oneDNN caches buffers for every shape it has seen, and our streams all differ in length.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         keep_freed_memory()
-    launched = "RANK" in os.environ
-    store, rank, world = next(dist.rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+    else:
+        alone = kind != "cuda"  # NCCL is at home with a TCPStore; port 0 is any free one
+        store = dist.HashStore() if alone else dist.TCPStore("127.0.0.1", 0, 1, True)
+        rank, world = 0, 1
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # A torchrun that restarts its workers would show them the addresses of the previous ones.
         # Several nodes may count restarts differently, so a prefix could keep them apart for good:
@@ -56,7 +70,10 @@ def start_ranks(settings: Settings) -> torch.device:
     backends = "gloo"
     if kind == "cuda":  # with --offload, gradients are on the host when their norm is computed
         backends = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"
-    dist.init_process_group(backends, store=store, rank=rank, world_size=world)
+    options = {"timeout": TIMEOUT, "device_id": device if kind == "cuda" else None}
+    dist.init_process_group(backends, store=store, rank=rank, world_size=world, **options)
+    ours = signals.LAUNCHER, os.getpid()
+    signals.peers[:] = [process for launcher, process in gather(ours) if launcher == ours[0]]
     return device
 
 
@@ -82,8 +99,9 @@ def make_mesh(settings: Settings, device: torch.device) -> DeviceMesh:
 
 
 def is_rank_0() -> bool:
-    """Return True on rank 0, and in a process that has not joined a group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Return True on rank 0, also before it has joined a group."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return rank == 0
 
 
 def slice_of(items: list) -> list:
@@ -112,6 +130,7 @@ def agree(work: Callable) -> Any:
     except (ValueError, OSError) as e:
         error = e
     if errors := [e for e in gather(error) if e]:
+        errors[0].add_note(AGREED)
         raise errors[0]
     return result
 
@@ -131,6 +150,43 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     flags = torch.tensor(float(flag), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
+
+
+class Unfailing:
+    """Passes text on to a stream; once that fails, as a closed pipe does, it goes nowhere.
+
+    What a run prints is for people, and must not cost the run. Characters that the stream's
+    encoding lacks become question marks.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream or open(os.devnull, "w")
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self._stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        """Write the text, or drop it."""
+        with self._failing_once():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, or drop what it holds."""
+        with self._failing_once():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _failing_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+        except ValueError:  # closed in this process
+            self._stream = open(os.devnull, "w")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def print0(*words: object) -> None:
@@ -179,20 +235,8 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-@contextlib.contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns True once this rank was told to stop.
-
-    SIGTERM or SIGUSR1 tell it, and so does the death of the torchrun that started it.
-    """
-    received: list[int] = []
-    old_handlers = {
-        number: signal.signal(number, lambda n, frame: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
-    try:
-        yield lambda: bool(received) or (launched and os.getppid() != PARENT)
-    finally:
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
+def out_of_memory(error: BaseException) -> str:
+    """Return in one line which allocation failed, on a GPU or a CPU; "" for any other error."""
+    failed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    failed |= isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return (str(error) or "out of memory").splitlines()[0] if failed else ""

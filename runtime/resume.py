@@ -51,7 +51,6 @@ from runtime.inputs import Inputs
 from runtime.processes import agree, gather, is_rank_0, on_every_rank, on_rank_0, slice_of
 from runtime.settings import Settings
 
-RESUME_ME = 75  # exit status: stopped when told to, not finished (EX_TEMPFAIL of sysexits.h)
 FILE_BYTES = 2**30  # of one file of a checkpoint: DCP holds a whole file in memory
 VERSION = 2  # of state.json; the first had none
 SCHEDULE = {"epochs", "max-steps", "batch-size", "seed", "shuffle"}  # all they do is make the steps

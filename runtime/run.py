@@ -4,6 +4,8 @@
     OUT/metrics.jsonl    one object per logged step or evaluation; locked while the run lasts
     OUT/checkpoints/     what the run can resume from, see `runtime/resume.py`
     OUT/model/           the trained model, a Hugging Face folder; written last
+    OUT/model.replaced/  with --overwrite: the model that was there, until the new one is
+    OUT/failed           an error that would come again, for a torchrun that starts workers again
 
 `train.train` calls `open`, `start` and `steps`; in every step `log_step`, `evaluate_if_due` and
 `save_if_due`; at the end `finish`. All ranks call them. Rank 0 writes, but each rank writes its own
@@ -16,9 +18,10 @@ import math
 import os
 import platform
 import resource
-import shutil
+import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -31,22 +34,24 @@ import torch.distributed as dist
 
 from data import Pair
 from formats import checkpoint, sandbox
-from formats.errors import CheckpointError, InputError
-from formats.files import dump_json, read_json
+from formats.errors import CheckpointError, DataError, InputError
+from formats.files import dump_json, read_json, remove
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, train_flops
-from runtime import resume
+from runtime import resume, signals
 from runtime.inputs import Inputs
 from runtime.plan import peak_flops
 from runtime.processes import (
-    PARENT,
+    AGREED,
+    Unfailing,
     agree,
     any_rank,
+    gather,
     is_rank_0,
     on_rank_0,
+    out_of_memory,
     print0,
     progress,
-    stop_requested,
 )
 from runtime.settings import Settings
 
@@ -57,13 +62,27 @@ class Run:
     """Owns one run and its output folder; an interrupted run resumes in the same folder."""
 
     def __init__(self, settings: Settings, device: torch.device):
-        """Check the output folder before anything is read. Sets `settings.date`.
+        """Check the output folder before anything is read; see `continued_run` for a restart.
+
+        Sets `settings.date`.
 
         Raises:
             FileExistsError: see `check_output_folder`.
+            DataError: torchrun has restarted its workers after an error that would come again.
+            SystemExit: the run was finished before torchrun restarted its workers.
         """
         self.settings, self.device = settings, device
         self.files = contextlib.ExitStack()  # closed, and OUT unlocked, however the run ends
+        self.asked_to_resume = settings.resume
+        starts = gather((signals.LAUNCHER, signals.RESTARTS))
+        self.launcher = " ".join(sorted({launcher for launcher, _ in starts}))
+        restarted = any(restarts for _, restarts in starts)
+        out, finished = on_rank_0(lambda: continued_run(settings, self.launcher, restarted))
+        if finished:
+            print0(f"{out} holds the finished run")
+            sys.exit(0)
+        if out:
+            settings.out, settings.resume = str(out), "auto"
         on_rank_0(lambda: check_output_folder(settings))
         settings.date = on_rank_0(lambda: settings.date or day_of_run(settings))
 
@@ -71,10 +90,18 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        """Unlock the output folder. Note on a KeyboardInterrupt what is saved."""
+        """Unlock the output folder. Note on a KeyboardInterrupt what is saved.
+
+        Leave a note of an error that would come again in OUT, if OUT is this run's already.
+        """
         self.files.close()
-        if isinstance(error, KeyboardInterrupt) and self.settings.out:
-            error.add_note(what_is_saved(Path(self.settings.out)))
+        if error and self.settings.out:
+            out = Path(self.settings.out)
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(what_is_saved(out))
+            elif hasattr(self, "before") and would_repeat(error):
+                with contextlib.suppress(OSError):
+                    (out / "failed").write_text(f"{error}", encoding="utf-8")
 
     def open(self, inputs: Inputs, policy: Llama, optimizer: torch.optim.AdamW) -> None:
         """Lock the output folder until the run ends, and find what to resume from.
@@ -117,7 +144,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the remaining steps (0-based) under a progress bar. From here on, SIGTERM saves."""
-        self.stopped = self.files.enter_context(stop_requested())
+        self.stopped = self.files.enter_context(signals.stop_requested())
         self.pairs_seen = np.cumsum([len(step) for step in self.inputs.steps])
         first, count = self.state["step"], len(self.inputs.steps)
         what = self.settings.objective
@@ -176,6 +203,8 @@ class Run:
         """
         every, last = self.settings.save_every, step + 1 == len(self.inputs.steps)
         stop = any_rank(self.stopped(), self.device)
+        if stop:
+            signals.protect()
         if stop or (every and (last or (step + 1) % every == 0)):
             numbers = resume.optimizer_scalars(self.policy, self.optimizer)
             optimizer = {"class": type(self.optimizer).__name__, "numbers": numbers}
@@ -183,20 +212,23 @@ class Run:
             tensors, keep = self._tensors(), self.settings.keep
             path = resume.save_checkpoint(self.out, tensors, self.state, keep)
         if stop:
-            command = f"run the same command with --out {self.out} to continue"
+            command = f"run the same command with {_out_flag(self.out)} to continue"
             print0(f"stopped by a signal; saved {path}; {command}")
-            sys.exit(resume.RESUME_ME)
+            sys.exit(signals.RESUME_ME)
 
     def finish(self) -> dict:
         """Evaluate the trained policy and write OUT/model; return its path and both evaluations.
 
-        The keys are "out", "model", "steps", "before" and "after".
+        The keys are "out", "model", "steps", "before" and "after". A signal changes nothing here.
         """
+        signals.protect()
         after = self.evaluate(len(self.inputs.steps))
         inputs, model = self.inputs, self.out / "model"
         source, dtypes = inputs.source, inputs.weights.dtypes
         replace = self.companions
         checkpoint.save(self.policy, source, model, dtypes, is_rank_0(), replace=replace)
+        if (replaced := self.out / "model.replaced").exists():
+            warn_of_failure(lambda: remove(replaced))
         return {
             "out": self.out,
             "model": model,
@@ -229,11 +261,21 @@ class Run:
         return f"{objective}: {size}, {ranks} → {self.out}"
 
     def _reset_output_folder(self) -> None:
-        """Delete everything this run will produce again, then write config.json."""
-        shutil.rmtree(self.out / "model", ignore_errors=True)
-        for path in resume.checkpoints(self.out):
-            if resume.step_of(path) > self.state["step"]:
-                shutil.rmtree(path)
+        """Delete everything this run will produce again, then write config.json.
+
+        A finished run's model keeps its name until everything else of that run is gone. Killed at
+        any moment, this leaves a folder in which the same command starts again.
+        """
+        folder, step = self.out / "checkpoints", self.state["step"]
+        ours = self.resumed and os.path.realpath(self.resumed.parent) == os.path.realpath(folder)
+        for path in reversed(resume.checkpoints(self.out)):
+            if not ours or resume.step_of(path) > step:
+                remove(path)
+        if (model := self.out / "model").exists():
+            if (replaced := self.out / "model.replaced").exists():
+                remove(replaced)
+            model.rename(replaced)
+        (self.out / "failed").unlink(missing_ok=True)
         self.metrics_file.truncate(0)
         self.metrics_file.write(self.rows)
         self.metrics_file.flush()  # the next checkpoint copies what is on disk
@@ -242,13 +284,14 @@ class Run:
     def _summary(self) -> dict:
         """Return what config.json holds."""
         inputs, settings = self.inputs, self.settings
+        asked = {"gamma": settings.gamma, "resume": self.asked_to_resume}
         device = platform.processor() or "cpu"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
         packages = ("torch", "numpy", "safetensors", "tokenizers")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
         return {
-            "settings": asdict(settings) | {"gamma": settings.gamma},
+            "settings": asdict(settings) | asked,
             "source": str(inputs.source),
             "resumed": str(self.resumed) if self.resumed else None,
             "architecture": asdict(inputs.config),
@@ -256,7 +299,7 @@ class Run:
             **inputs.counts,
             "steps": len(inputs.steps),
             "processes": dist.get_world_size(),
-            "launcher": launcher(),
+            "launcher": self.launcher,
             "device": device,
             "versions": versions,
         }
@@ -280,10 +323,17 @@ def check_output_folder(settings: Settings) -> None:
     if settings.overwrite:
         return
     if (out / "model").exists():
+        model = shlex.quote(str(out / "model"))
+        further = (
+            f"to train it further, start a new run, with a schedule of its own: --model {model}"
+        )
         what = f"{out} holds a finished run"
-        raise FileExistsError(f"{what}: pass --overwrite to replace it, or another --out")
-    resumes_from = Path(settings.resume).resolve().parent
-    resumes_here = settings.resume == "auto" or resumes_from == (out / "checkpoints").resolve()
+        raise FileExistsError(
+            f"{what}: pass --overwrite to replace it, or another --out; {further} and another --out"
+        )
+    resumes_from = os.path.realpath(os.path.dirname(os.path.abspath(settings.resume)))
+    resumes_here = resumes_from == os.path.realpath(out / "checkpoints")
+    resumes_here |= settings.resume == "auto"
     if not resumes_here and resume.checkpoints(out):
         what = f"{out} holds checkpoints of a run"
         raise FileExistsError(f"{what}: pass --overwrite to replace them, or another --out")
@@ -298,7 +348,7 @@ def open_output_folder(settings: Settings, files: contextlib.ExitStack) -> TextI
         FileExistsError: as in `check_output_folder`, or another run is writing there.
     """
     if settings.out is None:
-        settings.out = str(_restarted_run() or _new_folder(settings.objective))
+        settings.out = str(_new_folder(settings.objective))
     out = Path(settings.out)
     check_output_folder(settings)
     out.mkdir(parents=True, exist_ok=True)
@@ -311,22 +361,36 @@ def open_output_folder(settings: Settings, files: contextlib.ExitStack) -> TextI
     return metrics
 
 
-def _restarted_run() -> Path | None:
-    """Return the unfinished run of our own torchrun, if that has restarted its workers."""
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        return None
-    found = None
-    for path in Path("runs").glob("*/config.json"):
+def continued_run(settings: Settings, launcher: str, restarted: bool) -> tuple[Path | None, bool]:
+    """Return the folder of the run that this start continues whatever its flags say; is it done?
+
+    A restarted worker continues the run of its own torchrun. The same command continues a run that
+    began with `--resume PATH`, unless --overwrite takes it back to PATH. (None, False): neither.
+
+    Raises:
+        DataError: torchrun has restarted its workers after an error that would come again.
+    """
+    given = settings.out and Path(settings.out)
+    for config in [given / "config.json"] if given else Path("runs").glob("*/config.json"):
         with contextlib.suppress(CheckpointError):  # another process may still be writing it
-            ours = read_json(path, CheckpointError).get("launcher") == launcher()
-            if ours and not (path.parent / "model").exists():
-                found = path.parent
-    return found
+            found, out = read_json(config, CheckpointError), config.parent
+            finished = (out / "model").exists()
+            launchers = str(found.get("launcher")).split()
+            ours = restarted and not {*launchers}.isdisjoint(launcher.split())
+            if ours and (out / "failed").exists():
+                raise DataError((out / "failed").read_text(encoding="utf-8"))
+            if ours and (finished or resume.checkpoints(out) or not given):
+                return out, finished
+            same = found.get("settings", {}).get("resume") == settings.resume
+            begun = same and settings.resume not in ("auto", "never") and not settings.overwrite
+            if given and begun and not finished and resume.checkpoints(out):
+                return out, False
+    return None, False
 
 
 def day_of_run(settings: Settings) -> str:
     """Return the day on which the run to resume began, YYYY-MM-DD; for a new run, today."""
-    out = Path(settings.out) if settings.out else _restarted_run()
+    out = Path(settings.out) if settings.out else None
     unfinished = out and not (out / "model").exists()
     newest = next(reversed(resume.checkpoints(out)), None) if out and unfinished else None
     path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
@@ -347,11 +411,6 @@ def _new_folder(objective: str) -> Path:
             return path
         except FileExistsError:
             n += 1
-
-
-def launcher() -> str:
-    """Identify the torchrun that launched us; unchanged when it restarts its workers."""
-    return f"{platform.node()}:{PARENT}:{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,33 +489,84 @@ def what_is_saved(out: Path) -> str:
     if (out / "model").exists():
         return f"{out} holds a finished run"
     if saved := resume.checkpoints(out):
-        return f"{saved[-1]} is saved; run the same command with --out {out} to continue"
+        return f"{saved[-1]} is saved; run the same command with {_out_flag(out)} to continue"
     return "no checkpoint was saved" + (f"; the metrics are in {out}" if out.exists() else "")
+
+
+def _out_flag(out: Path) -> str:
+    return f"--out {shlex.quote(str(out))}"
+
+
+def warn_of_failure(work: Callable[[], object]) -> None:
+    """Do on rank 0, after the model is saved, what no run depends on; warn if it fails."""
+    try:
+        if is_rank_0():
+            work()
+    except Exception as e:
+        print0(f"warning: {type(e).__name__}: {e}")
+
+
+def would_repeat(error: BaseException) -> bool:
+    """Return True for an error that a run would meet again if it was resumed."""
+    return isinstance(error, FloatingPointError) or bool(out_of_memory(error))
 
 
 @contextlib.contextmanager
 def report_errors(program: str) -> Iterator[None]:
-    """Report expected failures on stderr and exit with status 1.
+    """Report expected failures on stderr and exit with status 1; end the process if it listens.
 
     For bad input, I/O errors and NaN, rank 0 prints one line; `agree` brings the error to it. A
-    rank without memory prints the error and what to do. Ctrl-C exits with status 130, and rank 0
-    says what is saved, which `Run` noted on the exception.
+    rank that fails alone prints the error and leaves at once, since the others wait for it and
+    cannot be asked. Ctrl-C exits with status 130, and rank 0 says what is saved, which `Run` noted
+    on the exception.
+
+    A program that listens to signals leaves without the interpreter's and torch's own way out:
+    threads of theirs sometimes abort there, and a signal would end it with another status.
     """
-    try:
-        yield
-    except (InputError, OSError, FloatingPointError) as e:
-        if is_rank_0():
-            print(f"{program}: error: {e}", file=sys.stderr)
-        sys.exit(1)
-    except torch.OutOfMemoryError as e:  # the other ranks wait for this one and cannot be asked
-        message = f"{program}: error: {e}\nlower --microbatch-tokens"
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
-    except KeyboardInterrupt as e:
-        if is_rank_0():
-            notes = ["", *getattr(e, "__notes__", [])]
-            print(f"\n{program}: interrupted{'; '.join(notes)}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    status: int | str | None = 0
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    with contextlib.ExitStack() as streams:
+        streams.enter_context(contextlib.redirect_stdout(Unfailing(sys.stdout)))
+        streams.enter_context(contextlib.redirect_stderr(Unfailing(sys.stderr)))
+        try:
+            yield
+        except SystemExit as e:
+            status = e.code
+        except (Exception, KeyboardInterrupt) as e:
+            if alone and not (signals.is_listening() or expected(e)):
+                raise
+            status = 130 if isinstance(e, KeyboardInterrupt) else 1
+            print_error(program, e)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if dist.is_initialized() and (alone or status in (0, signals.RESUME_ME)):
+                dist.destroy_process_group()
+        if signals.is_listening() or (status and not alone):
+            signals.leave(int(status or 0))
+    if status:
+        sys.exit(status)
+
+
+def expected(error: BaseException) -> bool:
+    """Return True for an error that a user or a machine can cause."""
+    kinds = (InputError, OSError, FloatingPointError, KeyboardInterrupt)
+    return isinstance(error, kinds) or bool(out_of_memory(error))
+
+
+def print_error(program: str, error: BaseException) -> None:
+    """Print one line about an expected error, and the traceback of another."""
+    notes = getattr(error, "__notes__", [])
+    shared = AGREED in notes or isinstance(error, (InputError, FloatingPointError))
+    if isinstance(error, KeyboardInterrupt):
+        text = "; ".join([f"\n{program}: interrupted", *notes])
+        shared = True
+    elif not expected(error):
+        text, shared = "".join(traceback.format_exception(error)), False
+    elif out_of_memory(error):
+        advice = "lower --microbatch-tokens, or --batch-size"
+        text, shared = f"{program}: error: {out_of_memory(error)}; {advice}", False
+    else:
+        text = f"{program}: error: {error}"
+    if is_rank_0() or not shared:
+        print(text, file=sys.stderr)

@@ -48,7 +48,9 @@ class Flags:
     limit: int | None = option(None, "answer only the first N prompts", least=1, metavar="N")
     chat: bool = option(False, "chat in the terminal")
 
-    num_samples: int = option(1, "responses per prompt", least=1, metavar="N", section="decoding")
+    num_samples: int = option(
+        1, "responses per prompt", least=1, most=10_000, metavar="N", section="decoding"
+    )
     temperature: float | None = option(
         None,
         "0 is greedy, 1 samples from the model's own distribution; default: 0, or with --format "

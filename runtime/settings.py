@@ -11,6 +11,7 @@ import datetime
 import difflib
 import importlib.util
 import math
+import os
 import sys
 import tomllib
 import types
@@ -28,6 +29,8 @@ from methods.objectives import OBJECTIVES, hyperparameters
 from model import flash_runs
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PATHS = ("DIR", "FILE", "PAIRS", "auto|never|PATH")  # the metavars of settings that hold a path
 
 # Other trainers' names, so that an unknown flag can suggest ours; a note may follow our name.
 ALIASES = {
@@ -473,6 +476,7 @@ def read_command(
             values = (read_toml(Path(config)) if config else {}) | flags
     except DataError as e:
         parser.error(str(e))
+    _expand_home(Settings, values)
     planning = {name: values.pop(name) for name in _types(PlanOptions) if name in values}
     settings, options = Settings(**values), PlanOptions(**planning)
     for name in flags.keys() & _types(PlanOptions).keys() - {"plan"}:
@@ -489,7 +493,9 @@ def parse_table(table: type, argv: list[str] | None, description: str | None, us
     """Parse flags into an instance of `table`; exit with status 2 and one line on a usage error."""
     parser = _parser(description, usage)
     _add_flags(parser, table)
-    instance = table(**_parse(parser, argv, _types(table)))
+    flags = _parse(parser, argv, _types(table))
+    _expand_home(table, flags)
+    instance = table(**flags)
     if problem := table_problem(instance):
         parser.error(problem)
     return instance
@@ -512,6 +518,10 @@ def _value_problem(value: Any, rule: typing.Mapping) -> str | None:
         return "not a finite number"
     if value == "":
         return "is empty"
+    if isinstance(value, str) and "\0" in value:
+        return "contains a NUL character"
+    if isinstance(value, int) and value >= 2**63 and rule["below"] is None:
+        return "expected less than 2^63"
     least, above, below, most = (rule[name] for name in ("least", "above", "below", "most"))
     if above is not None and value <= above:
         return "expected a positive number" if above == 0 else f"expected more than {above}"
@@ -524,6 +534,13 @@ def _value_problem(value: Any, rule: typing.Mapping) -> str | None:
     if below is not None and value >= below:
         return f"expected less than {below}"
     return None
+
+
+def _expand_home(table: type, values: dict) -> None:
+    """Expand the `~` of every path in place; a shell leaves it alone after `--out=`."""
+    for f in fields(table):
+        if f.metadata["metavar"] in PATHS and isinstance(values.get(f.name), str):
+            values[f.name] = os.path.expanduser(values[f.name])
 
 
 def _toy(objective: str) -> dict:

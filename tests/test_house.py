@@ -11,7 +11,7 @@ from test_train import TOY
 import train
 from data import Pair
 from formats.errors import DataError
-from runtime import processes
+from runtime import processes, signals
 from runtime.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +111,7 @@ def test_top_level_holds_nothing_else():
 def test_help_of_every_file(name, monkeypatch, capsys):
     """`python data.py --help` says what the file is, also where it is no command."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.setattr(signals, "listen", lambda program: None)  # pytest goes on after it
     try:
         exec(
             compile((ROOT / name).read_text(), str(ROOT / name), "exec"),

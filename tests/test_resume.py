@@ -30,7 +30,8 @@ from test_train import ROOT, arguments, fails, few_pairs, launch, losses, rows_o
 import train
 from formats import checkpoint
 from runtime import resume
-from runtime.resume import RESUME_ME, checkpoints
+from runtime.resume import checkpoints
+from runtime.signals import RESUME_ME
 
 COMMON = {"max_steps": 6, "epochs": 3, "save_every": 2, "keep": 9}
 SIMPO = COMMON | {"objective": "simpo", "dtype": "fp32"}
