@@ -392,6 +392,7 @@ def nobody() -> None:
 def user_cases(bench: Bench) -> Iterator[Case]:
     """Yield folders and files that this user may not write."""
     os.chmod(bench.folder, 0o777)
+    "".encode("utf-8-sig")  # the codec's module may lie where nobody can read
     for path, mode, status in (
         ("", 0o555, (0, 1)), ("metrics.jsonl", 0o444, (1,)), ("checkpoints", 0o555, (1,)),
         ("config.json", 0o444, (1,)), ("checkpoints/step-000002", 0o000, (1,)),
@@ -621,7 +622,9 @@ def writer_cases(bench: Bench) -> Iterator[Case]:
         if phase in ("flags read", "ranks joined"):
             continue
 
-        def second(out: Path, owner=owner, name=name, call=call) -> None:
+        first: list[int] = []  # its process
+
+        def second(out: Path, owner=owner, name=name, call=call, first=first) -> None:
             log, sign = Path(f"{out}.first.log"), Path(f"{out}.sign")
 
             def stay() -> None:
@@ -629,12 +632,12 @@ def writer_cases(bench: Bench) -> Iterator[Case]:
                 time.sleep(4)
 
             hook = at(owner, name, stay, call)
-            second.process = fork([*bench.flags, f"--out={out}"], hook, log)
+            first.append(fork([*bench.flags, f"--out={out}"], hook, log))
             while not sign.exists():
                 time.sleep(0.02)
 
-        def both_end(out: Path, second=second) -> None:
-            if status := wait(second.process):
+        def both_end(out: Path, first=first) -> None:
+            if status := wait(first.pop()):
                 last = Path(f"{out}.first.log").read_text().strip().splitlines()[-1:]
                 if not any(
                     "another run is writing there" in line or "holds" in line for line in last
