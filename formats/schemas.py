@@ -87,7 +87,7 @@ BOOKKEEPING = set(
     "version votes weight winner worker year".split())
 ASKING = {*ASKS, "problem", "request", "post", "ask", "title", "user", "human", "text"}
 GOOD = set("chosen good better best winning preferred positive pos accepted correct win j".split())
-BAD = set("rejected bad worse worst losing dispreferred negative neg incorrect lose loser k".split())
+BAD = set("rejected bad worse worst losing dispreferred negative neg wrong lose loser k".split())
 # fmt: on
 
 
