@@ -20,12 +20,13 @@ BOS = re.compile(
     r"\s*(?:(?:<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>)\s*)*"
 )
 # The opening of a turn in ChatML, Llama 3 and Gemma, where a mark or a line break has to follow the
-# role; in Cohere's; in Phi-3, Zephyr and GLM; in DeepSeek; in Llama 2 and Mistral.
+# role; in Cohere's; in Phi-3, Zephyr and GLM; in DeepSeek; OpenAssistant; in Llama 2 and Mistral.
 OPENING = re.compile(
     rf"(?:<\|\w+\|?>|<\w+_turn>)\s*(?P<role>{ROLES})(?:<\|\w+\|?>|[^\S\n]*\n)"
     rf"|<\|START_OF_TURN_TOKEN\|><\|(?P<cohere>{ROLES})_TOKEN\|>"
     rf"|<\|(?P<mark>{ROLES})\|>[^\S\n]*\n"
     rf"|<｜(?P<wide>{ROLES})｜>(?! )"
+    r"|<\|prompter\|>"
     r"|\[(?:INST|SYSTEM_PROMPT)\]",
     re.IGNORECASE,
 )
@@ -34,7 +35,12 @@ CLOSING = re.compile(
     r"|<end_of_turn>|<turn\|>|<end_of_utterance>|<eos>|</s>|<｜end▁of▁sentence｜>|\[/INST\]"
 )
 FOREIGN_END = re.compile(rf"(?<![\s`'\"])(?:{CLOSING.pattern})$")
-PLAIN = ("### Instruction:", "### Response:"), ("USER:", "ASSISTANT:")  # Alpaca, Vicuna
+PLAIN = re.compile(  # Alpaca and its like; Vicuna; and a dialogue from its first word on
+    r".*### (?:Instruction|Human|User):.*### (?:Response|Assistant):"
+    r"|.*USER:.*ASSISTANT:"
+    r"|(?:System:.*\n\s*)?(?:Human|User):.*\n\s*(?:Assistant|AI|Bot):",
+    re.DOTALL,
+)
 USUAL = ("system", "user", "assistant", "tool")  # roles
 REASONING_END = "</think>"
 
@@ -63,7 +69,7 @@ def is_rendered(text: str, own_header: re.Pattern, own_cue: str) -> bool:
     bare = text[bos_length(text) :].rstrip()
     if own_header.pattern and own_cue and bare.endswith(own_cue) and own_header.match(bare):
         return True
-    if any(bare.endswith(end) and start in bare for start, end in PLAIN):
+    if bare.endswith(":") and PLAIN.fullmatch(bare):
         return True
     start = OPENING.match(bare + "\n")
     if not start:
@@ -95,16 +101,26 @@ def check_unrendered(
         text = message.get("content")
         if isinstance(text, str) and is_rendered(text, own_header, own_cue):
             _refuse_rendered(example, f"prompt: a message of role {message['role']!r}", text)
+    last = messages[-1]["content"] if messages else ""
+    asked = last.strip() if isinstance(last, str) else ""
     for i, response in enumerate(example.responses):
         start = OPENING.match(response, bos_length(response))
         role = next(filter(None, start.groups()), "") if start else ""
-        if role.lower() in ("assistant", "model", "chatbot"):
+        repeats = start and asked and asked in response  # the whole conversation
+        if repeats or role.lower() in ("assistant", "model", "chatbot"):
             _refuse_rendered(example, field_name(example, i), response)
-    # the same end of turn at all responses; one alone may be what the answer is about
+    # An end of turn is left over if all responses have it, or if nothing else speaks of it. An
+    # answer may be about it, or about the HTML tag <s>.
     ends = [FOREIGN_END.search(response.rstrip()[-40:]) for response in example.responses]
-    texts = {end[0] if end else "" for end in ends}
-    if len(ends) > 1 and len(texts) == 1 and (text := texts.pop()):
-        _refuse_rendered(example, "chosen and rejected: their end", text)
+    texts = [end[0] if end else "" for end in ends]
+    for i, text in enumerate(texts):
+        spoken = sum(t.count(text) + t.count("<s>") for t in (asked, *example.responses))
+        same = len(texts) == texts.count(text) > 1
+        if text and (same or spoken == 1):
+            name = (
+                "chosen and rejected: their end" if same else f"{field_name(example, i)}: its end"
+            )
+            _refuse_rendered(example, name, text)
 
 
 def _refuse_rendered(example: Example, name: str, text: str) -> None:

@@ -42,6 +42,7 @@ SCORES = ("scores", "ratings", "rating", "rewards")  # their scores
 TEXT = ("response", "answer", "text", "content", "completion", "output")  # in an object
 SCORE = ("overall_score", "score", "pm_score", "rating", "reward", "rank")
 NOTES = ("annotations", "critique", "custom_system_prompt", "principle")  # UltraFeedback's
+WINNER = {"model_a": 0, "model_b": 1, "a": 0, "b": 1, "A": 0, "B": 1}
 LIKERT = dict.fromkeys((-3, -2, -1), 0) | dict.fromkeys((1, 2, 3), 1)
 # Two responses, their judgment, which of them it prefers, and notes of the judges.
 JUDGED: list[tuple[str, str, str, dict, tuple]] = [
@@ -52,21 +53,24 @@ JUDGED: list[tuple[str, str, str, dict, tuple]] = [
     ("response_0", "response_1", "better_response_id", {0: 0, 1: 1}, ()),
     ("output_1", "output_2", "preference", {1: 0, 2: 1}, ()),
     ("human_ref_A", "human_ref_B", "labels", {1: 0, 0: 1}, ()),
-    ("conversation_a", "conversation_b", "winner", {"model_a": 0, "model_b": 1}, ()),
-    ("response_a", "response_b", "winner", {"model_a": 0, "model_b": 1}, ()),
+    ("conversation_a", "conversation_b", "winner", WINNER, ()),
+    ("response_a", "response_b", "winner", WINNER, ()),
 ]
 VERDICTS = {"winner", "preference", "label", "verdict", "choice", "tie", "is_tie"}
-NEGATIVE = {"false", "0", "-1", "rejected", "undesirable", "negative", "bad"}
+TIES = {"tie", "ties", "tied", "draw", "both", "bothbad", "same", "equal", "neither"}
+NEGATIVE = {"false", "no", "rejected", "undesirable", "negative", "bad"}  # or no number above 0
 LABELS = ("label", "kto_tag", "desirable", "is_chosen")  # of a single response
 
 # Words in the name of a column. These belong to a conversation …
-MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+MEDIA = set("image images img video videos audio audios picture pictures attachments".split())
 SAID = MEDIA | set(
     "system history input inputs context contexts tool tools function functions document documents "
     "passage passages instruction instructions prompt "
     "question query message messages conversation conversations dialogue persona knowledge "
     "reason reasoning thinking thought thoughts refusal".split())
-SAID_IN_MESSAGES = {"name", "weight", "train", "channel", "recipient"}
+SAID_IN_MESSAGES = set(  # some say whether and how a message is learnt
+    "name weight train channel recipient value from content role files attachments loss mask "
+    "loss_weight end_turn prefix".split())
 # … and these do not, unless the column holds a text.
 BOOKKEEPING = set(
     "agreement annotator annotators author batch categories category coherence complexity "
@@ -76,14 +80,14 @@ BOOKKEEPING = set(
     "labels lang language languages len length level license likelihood locale logprob logprobs "
     "logps margin meta metadata metrics model models moderation n name num number order origin "
     "original parent path policy preference probability quality rank ranks rating ratings ratio "
-    "redacted reward rewards role round row safe safety sample score scores seconds seed severity "
+    "redacted reward rewards round row safe safety sample score scores seconds seed severity "
     "sha sha256 size skip source sources split stats status step strength subset tag tags task "
     "temperature tie time timestamp title token tokens topic topics toxic toxicity tree "
     "truthfulness tstamp turn turns type types uid updated upvote upvotes url utc uuid verbosity "
     "version votes weight winner worker year".split())
 ASKING = {*ASKS, "problem", "request", "post", "ask", "title", "user", "human", "text"}
-GOOD = set("chosen good better best preferred positive pos accepted correct win j".split())
-BAD = set("rejected bad worse worst dispreferred negative neg incorrect lose loser k".split())
+GOOD = set("chosen good better best winning preferred positive pos accepted correct win j".split())
+BAD = set("rejected bad worse worst losing dispreferred negative neg wrong lose loser k".split())
 # fmt: on
 
 
@@ -359,6 +363,11 @@ def _role_of(message: object) -> str | None:
     return ROLES.get(role.lower()) if isinstance(role, str) else None
 
 
+def _words_in(name: str) -> list[str]:
+    """Return the words of a column's name: `raw_Output2` and `rawOutput2` have the same."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
+
+
 def _words(text: str) -> int:
     """Count up to 100 words; two characters of a script without spaces count as one."""
     return len(text.split(None, 99)) + (
@@ -372,7 +381,8 @@ def _says_something(value: Any) -> bool:
         return _words(value) > FEW
     if isinstance(value, dict):
         is_message = {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
-        return is_message or any(map(_says_something, value.values()))
+        carries = any(not _empty(value.get(name)) for name in (*SYSTEM, *CARRIED))
+        return is_message or carries or any(map(_says_something, value.values()))
     if isinstance(value, list):
         return any(_says_something(item) for item in value if not isinstance(item, (int, float)))
     return False
@@ -381,7 +391,7 @@ def _says_something(value: Any) -> bool:
 @functools.lru_cache(4096)
 def _judge_name(name: str, in_message: bool) -> tuple[bool, bool, bool]:
     """Judge a name by its words: (bookkeeping, part of a conversation, the very name of one)."""
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
+    words = _words_in(name)
     names = SAID | SAID_IN_MESSAGES if in_message else SAID
     exact = name.lower() in names
     head = words[-1] if words else ""  # prompt_id is an id
@@ -395,10 +405,11 @@ def _verdict(name: str, value: Any, in_message: bool = False) -> str:
     bookkeeping, said, exact = _judge_name(name[:200], in_message)
     if isinstance(value, (int, float)):
         said = exact
-    elif _empty(value):
+    elif _empty(value) or value in ("[]", "{}"):
         return ""
-    else:
-        said = said or _says_something(value)
+    else:  # a number of turns is bookkeeping, a list of them is not
+        is_list = isinstance(value, list)
+        said = said or _says_something(value) or (is_list and name.lower().endswith("turns"))
     return "said" if said else "" if bookkeeping else "unknown"
 
 
@@ -498,7 +509,7 @@ def _lists(r: Record, chosen: list, rejected: list) -> tuple[str, Example]:
 
 
 def _agree(r: Record, value: Any, prompt: Messages) -> None:
-    """Raise DataError if the column `prompt` is not the prompt that the messages hold."""
+    """Refuse the column `prompt` if it is not the prompt that the messages hold."""
     if isinstance(value, str):
         users = [message["content"] for message in prompt if message["role"] == "user"]
         same = not users or any(value.strip() == user.strip() for user in (users[0], users[-1]))
@@ -506,9 +517,8 @@ def _agree(r: Record, value: Any, prompt: Messages) -> None:
         given = r.prompt(value, "prompt")
         same = given in (prompt, prompt[1:]) or given == prompt[: len(given)]
     if value is not None and not same:
-        problem = "prompt is not the first user message of the conversation, nor the last one"
-        [drop] = Columns(ignored=(*r.columns.ignored, "prompt")).flags()
-        raise r.error(f"{problem}: {drop} trains without it")
+        problem = "not the first user message of the conversation, nor the last one"
+        r.refused["prompt"] = f"column 'prompt' ({problem})"
 
 
 def _from_transcripts(r: Record, chosen: str, rejected: str) -> Example:
@@ -526,9 +536,10 @@ def _from_transcripts(r: Record, chosen: str, rejected: str) -> Example:
     responses = chosen[cut:], rejected[cut:]
     if any(HUMAN_MARK in text if exact else TURN.search(text) for text in responses):
         raise Dropped("a conversation that goes on after the two part")
-    if exact:
-        return Example(r.preceded(shared[:cut]), responses, r.where)
-    return Example(r.preceded(turns), (responses[0].strip(), responses[1].strip()), r.where)
+    prompt = r.preceded(shared[:cut] if exact else turns)
+    if isinstance(prompt, list):
+        responses = responses[0].strip(), responses[1].strip()
+    return Example(prompt, responses, r.where)
 
 
 def _candidates(r: Record) -> Parsed:
@@ -590,7 +601,7 @@ def _judged(r: Record) -> Parsed:
     for name in notes:
         r.left.pop(name, None)
     if isinstance(choice, (list, dict)) or choice not in better:
-        if choice == 0 or _is_tie(choice):
+        if choice == 0 or _is_tie(verdict, choice):
             raise Dropped("no preference between the two responses")
         raise r.error(f"{verdict}: {choice!r} is none of {', '.join(map(str, better))}")
     chosen, rejected = (values[better[choice]], values[1 - better[choice]])
@@ -607,7 +618,7 @@ def _single(r: Record) -> Parsed:
     """Parse one response: `messages` that end with the assistant's, or a prompt and an answer."""
     for name in LABELS:
         label = r.left.get(name)
-        if str(label).lower() in NEGATIVE:
+        if _is_negative(label):
             raise Dropped(f"{name}: {label}, a response that should not be learnt")
     answer = next((name for name in ANSWERS if name in r.left), None)
     for name in ("messages", "conversations", "conversation"):
@@ -665,7 +676,7 @@ def parse_record(
         kind, example = _understood(record, r, paired)
     except RecursionError:
         raise r.error("values are nested too deeply") from None
-    if paired and any(_is_tie(r.left.get(name)) for name in VERDICTS & r.left.keys()):
+    if paired and any(_is_tie(name, r.left[name]) for name in VERDICTS & r.left.keys()):
         raise Dropped("no preference between the two responses")
     if not paired:
         example = example._replace(responses=example.responses[:1], finished=example.finished[:1])
@@ -682,7 +693,8 @@ def _understood(record: dict, r: Record, paired: bool) -> tuple[str, Example]:
         kind, example = _parse(r, paired)
     except _Unknown as e:
         known = "; ".join(row.columns for row in FORMATS if row.paired or not paired)
-        advice = _advice(record, r, paired) or f"Known formats: {known}"
+        named = "prompt=…,chosen=…,rejected=…" if paired else "prompt=…,output=…"
+        advice = _advice(record, r, paired) or f"Name them with --columns {named}, or use {known}"
         raise r.error(f"{e}; its columns are {', '.join(record)}. {advice}") from None
     r.account(example)
     return kind, example
@@ -707,15 +719,16 @@ def _advice(record: dict, r: Record, paired: bool) -> str:
 
     def first(wanted: set[str], *taken: str) -> str:
         free = [name for name in names if name not in taken]
-        return next((n for n in free if wanted & {*re.split(r"[^a-z]+", n.lower())}), "")
+        return next((n for n in free if wanted.intersection(_words_in(n))), "")
 
-    good, bad, answer = first(GOOD), first(BAD), first({*ANSWERS, "solution", "reply", "target"})
+    good, bad = first(GOOD), first(BAD)
+    answer = first({*ANSWERS, "solution", "reply", "target", "generation"})
     guesses = [(True, {"chosen": good, "rejected": bad}), (False, {}), (False, {"output": answer})]
     for as_pair, sources in guesses:
         if as_pair > paired or not all(sources.values()):
             continue
         if ASKS.keys().isdisjoint(record):
-            others = [name for name in names if name not in sources.values()]
+            others = [name for name in names if name not in (good, bad, *sources.values())]
             sources |= {"prompt": first(ASKING, *sources.values()) or (others or [""])[0]}
         sources = r.columns.sources | {to: name for to, name in sources.items() if to != name}
         columns = Columns(sources, r.columns.ignored)
@@ -735,11 +748,23 @@ def _advice(record: dict, r: Record, paired: bool) -> str:
     return ""
 
 
-def _is_tie(value: object) -> bool:
+def _is_negative(label: object) -> bool:
+    """Return True if a label says that a response is bad: a word, or a number that is not above 0.
+
+    A column of true and false with gaps comes out of pandas as 1.0 and 0.0.
+    """
+    try:
+        return float(label) <= 0  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return str(label).strip().lower() in NEGATIVE
+
+
+def _is_tie(name: str, value: object) -> bool:
     """Return True if a judgment is that there is no preference."""
-    if isinstance(value, str):
-        return value.lower().startswith("tie") or value.lower() in ("both", "both_bad", "same")
-    return False
+    words = re.findall("[a-z]+", str(value).lower())
+    if name in ("tie", "is_tie"):
+        return words == ["true"] or value == 1
+    return isinstance(value, str) and len(words) < 4 and not TIES.isdisjoint(words)
 
 
 def check_prompt(

@@ -81,6 +81,9 @@ RENDERED = [
     "<｜User｜>Hi<｜Assistant｜>",
     "<|start|>user<|message|>Hi<|end|><|start|>assistant",
     "Below is a task.\n\n### Instruction:\nHi\n\n### Response:",
+    "### Human: Hi\n### Assistant:",
+    "System: Be brief.\n\nUser: Hi\n\nAssistant:",
+    "<|prompter|>Hi<|endoftext|><|assistant|>",
 ]
 
 
@@ -108,6 +111,8 @@ def test_what_a_checkpoint_renders_itself_is_refused(tmp_path, name):
         ("Yes.", "<start_of_turn>model\nNo.<end_of_turn>", "rejected"),
         ("Yes.<|eot_id|>", "No.<|eot_id|>", "chosen and rejected"),
         ("Yes.<end_of_turn>\n", "No.<end_of_turn>\n", "chosen and rejected"),
+        ("Yes.</s>", "No, for I was cut", "chosen: its end"),
+        ("Yes.", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nNo.", "rejected"),
     ],
 )
 def test_a_rendered_response_is_refused(tmp_path, chosen, rejected, field):
@@ -133,6 +138,8 @@ ABOUT = [  # (prompt, response) of people who write about a template's marks
     ("</think>", "<think> opens what it closes."),
     ("<s>old</s> is struck through in HTML. And bold?", "<b>bold</b>"),
     ("Explain </s>.", "</s> is EOS; <s> is BOS."),
+    ("How do I strike old in HTML?", "<s>old</s>"),
+    ("Continue this dialogue.\n\nUser: Hi\nAssistant:", "Hello."),
     ("### Instruction: is a heading. Of what?", "Of Alpaca's prompts, before ### Response:"),
     ("USER: and ASSISTANT: are whose marks?", "Vicuna's."),
     ("<start_of_turn>user or [INST]?", "<start_of_turn>user is Gemma's."),

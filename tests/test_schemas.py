@@ -351,6 +351,9 @@ IN_MESSAGES = [  # what the assistant's message holds beside its content
     ({"name": "Ann"}, "'name' of chosen"),
     ({"weight": 0}, "'weight' of chosen"),
     ({"remark": LONG}, "'remark' of chosen"),
+    ({"value": "Red."}, "'value' of chosen"),
+    ({"loss_weight": 0.0}, "'loss_weight' of chosen"),
+    ({"files": ["a.png"]}, "'files' of chosen"),
     ({"role": "gpt5"}, "expected a prompt and then one assistant message"),
     ({"content": [{"type": "text", "text": "a"}, {"type": "image"}]}, "parts are text, not image"),
     ({"content": None, "tool_calls": [{"name": "f"}]}, "strings, not tool_calls alone"),
@@ -426,6 +429,21 @@ def test_flags_about_columns(tmp_path, capsys):
     assert settings.named_columns == Columns({"prompt": "Frage"}, ("warum",))
 
 
+def test_advice_never_asks_the_rejected_response():
+    """Two texts that no format splits are no question and answer, whatever the objective."""
+    texts = (f"User: {Q}\nBot: {text}" for text in (A, B))
+    with pytest.raises(DataError, match="columns are chosen, rejected. Name them with") as error:
+        parse_record(dict(zip(("chosen", "rejected"), texts)), "a.jsonl:7")
+    assert "prompt=rejected" not in str(error.value)
+
+
+def test_several_reasons_in_one_line():
+    """A prompt that disagrees is refused together with other columns, so one command is enough."""
+    record = LISTS | {"prompt": "Another.", "remark": LONG}
+    with pytest.raises(DataError, match="--ignore-columns prompt,remark$"):
+        parse_record(record, "a.jsonl:7")
+
+
 def test_help_names_the_formats(capsys):
     with pytest.raises(SystemExit):
         read_settings(["--help"])
@@ -448,6 +466,10 @@ AGREE = [  # columns, and the prompt; None: they disagree
     ({"system": "Be kind.", "prompt": WITH_SYSTEM} | PAIR, None),
     ({"system": "Be brief.", "system_prompt": "Be kind.", "prompt": Q} | PAIR, None),
     ({"system": "Be brief.", "prompt": HH} | PAIR, [system("Be brief."), *TALK]),
+    (
+        {"system": "Be brief.", "chosen": f"{HH} {A}", "rejected": f"{HH} {B}"},
+        [system("Be brief."), *TALK],
+    ),
     ({"prompt": Q, "history": [["Hi.", "Hello."]]} | PAIR, TALK),
     ({"prompt": Q, "history": TALK[:2]} | PAIR, TALK),
     ({"prompt": Q, "history": "Hi."} | PAIR, None),
@@ -516,6 +538,9 @@ NO_PREFERENCE = [
     {"conversation_a": CHOSEN, "conversation_b": REJECTED, "winner": "tie (bothbad)"},
     {"prompt": Q, "response_1": A, "response_2": B, "preference_strength": 0},
     {"prompt": Q, "responses": [A, B], "scores": [1, 1]},
+    {"prompt": Q, "is_tie": True} | PAIR,
+    {"prompt": Q, "verdict": "draw"} | PAIR,
+    {"prompt": Q, "response_a": A, "response_b": B, "winner": "both bad"},
 ]
 
 
@@ -532,9 +557,10 @@ def test_negative_labels(tmp_path):
     """SFT learns no response that is labelled as bad, and counts it."""
     record = {"prompt": Q, "completion": A}
     labels = [{"label": True}, {"label": False}, {"kto_tag": False}, {"label": None}, {"label": 0}]
+    labels += [{"label": 1.0}, {"label": 0.0}, {"label": -1.0}, {"label": "False "}]
     examples, counts = read(tmp_path, [record | label for label in labels], "--objective=sft")
-    assert len(examples) == 2
-    assert sum(n for what, n in counts.items() if "should not be learnt" in what) == 3
+    assert len(examples) == 3
+    assert sum(n for what, n in counts.items() if "should not be learnt" in what) == 6
 
 
 def test_prompts_are_sampled_as_they_are_trained_on():
