@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -175,7 +176,7 @@ def begun_on(out: str | None) -> str | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         with open(f"{out}.incomplete", "rb") as file:
             record: Any = parse_json(file.readline())
-        return record["generation"].get("date")
+        return date.fromisoformat(record["generation"]["date"]).isoformat()
     return None
 
 

@@ -54,7 +54,7 @@ HARMLESS = {
     "choose a kernel, a cache or an output format": """
         use_cache _attn_implementation _attn_implementation_autoset attn_implementation
         _flash_attn_2_enabled use_flash_attention_2 output_attentions output_hidden_states
-        output_scores return_dict use_return_dict return_dict_in_generate torchscript
+        output_scores return_dict return_dict_in_generate torchscript
         tf_legacy_loss""",
     "split one matrix product into several, or recompute it": """
         pretraining_tp chunk_size_feed_forward gradient_checkpointing""",
@@ -147,11 +147,14 @@ def read_config(folder: Path) -> Config:
             values = " or ".join(map(json.dumps, supported))
             fields.refuse(key, f"not implemented (only {values})")
 
+    vocabulary, padding = fields.size("vocab_size"), raw.get("pad_token_id")
+    if isinstance(padding, int) and not -vocabulary <= padding < vocabulary:
+        fields.refuse("pad_token_id", "no row of the embedding, and transformers needs one")
     hidden, heads, kv_heads, head_dim = _read_heads(fields, kind)
     window = _read_window(fields, kind)
     rope_theta, rope_scaling = _read_rope(fields)
     config = Config(
-        vocab_size=fields.size("vocab_size"),
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=fields.size("intermediate_size"),
         num_hidden_layers=fields.integer("num_hidden_layers", limit=2**10),

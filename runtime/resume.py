@@ -18,6 +18,7 @@ state.json says what belongs to a checkpoint:
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -53,6 +54,7 @@ from runtime.settings import Settings
 
 FILE_BYTES = 2**30  # of one file of a checkpoint: DCP holds a whole file in memory
 VERSION = 2  # of state.json; the first had none
+ANEW = "--resume never --overwrite to start anew"
 SCHEDULE = {"epochs", "max-steps", "batch-size", "seed", "shuffle"}  # all they do is make the steps
 
 
@@ -277,7 +279,7 @@ def refuse_another_run(path: Path, saved: dict, wanted: dict) -> None:
         differ -= SCHEDULE
     if differ:
         values = [f"{key} {saved.get(key)!r} (now {wanted.get(key)!r})" for key in sorted(differ)]
-        advice = "pass these, another --out, or --resume never"
+        advice = f"pass what it began with, another --out, or {ANEW}"
         raise CheckpointError(f"{path} is of another run: {', '.join(values)}; {advice}")
 
 
@@ -288,26 +290,26 @@ def read_whole(path: Path) -> dict:
 
     Raises:
         CheckpointError: a file is not, or it is of another version. The message names the file and
-            the newest older checkpoint that is whole, if there is one.
+            the newest older checkpoint that is whole, or says that there is none.
     """
     try:
         return _read_whole(path)
     except CheckpointError as damage:
-        siblings = on_rank_0(lambda: checkpoints(path.absolute().parent.parent))
-        older = [other for other in siblings if other.name < path.name]
+        advice = f"no older one is whole: pass {ANEW}"
+        named = path if path.name.startswith("step-") else Path(os.path.realpath(path))  # a link
+        siblings = on_rank_0(lambda: checkpoints(named.absolute().parent.parent))
+        older = list(itertools.takewhile(lambda other: other.name != named.name, siblings))
         for other in reversed(older):
             with contextlib.suppress(CheckpointError):
                 _read_whole(other)
+                advice = f"{other.name} is whole: pass --resume {shlex.quote(str(other))}"
                 break
-        else:
-            raise
-        command = f"--resume {shlex.quote(str(path.with_name(other.name)))}"
-        raise CheckpointError(f"{damage}; {other.name} is whole: pass {command}") from None
+        raise CheckpointError(f"{damage}; {advice}") from None
 
 
 def _read_whole(path: Path) -> dict:
     """Return the state of a checkpoint. Raises CheckpointError if a file is not what was saved."""
-    state = on_rank_0(lambda: _read_state(path))
+    state = on_rank_0(lambda: read_state(path))
     files: dict[str, dict] = state["files"]
 
     def check_digests() -> None:
@@ -322,7 +324,7 @@ def _read_whole(path: Path) -> dict:
     return state
 
 
-def _read_state(path: Path) -> dict:
+def read_state(path: Path) -> dict:
     """Return state.json, if it is as it was saved and the folder holds the files that it names."""
     file = path / "state.json"
     state = read_json(file, CheckpointError)

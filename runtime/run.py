@@ -394,11 +394,10 @@ def day_of_run(settings: Settings) -> str:
     unfinished = out and not (out / "model").exists()
     newest = next(reversed(resume.checkpoints(out)), None) if out and unfinished else None
     path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
+    day = None
     with contextlib.suppress(CheckpointError):  # `resume.find_checkpoint` will report it
-        identity = read_json(path / "state.json", CheckpointError).get("identity") if path else {}
-        if isinstance(identity, dict) and isinstance(day := identity.get("date"), str):
-            return day
-    return sandbox.today()
+        day = resume.read_state(path)["identity"]["date"] if path else None
+    return day or sandbox.today()
 
 
 def _new_folder(objective: str) -> Path:

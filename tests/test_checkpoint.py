@@ -163,6 +163,8 @@ WRONG = {  # case: (config.json changed to, what the message names)
     ),
     "two classes": ({"architectures": ["MistralForCausalLM"]}, "architectures"),
     "type of a list": ({"model_type": ["llama"]}, "model_type"),
+    "padding without a row": ({"pad_token_id": 61}, "pad_token_id"),
+    "padding before the first row": ({"pad_token_id": -62}, "pad_token_id"),
     "precision unknown": ({"dtype": "float8_e4m3fn"}, "dtype"),
 }
 

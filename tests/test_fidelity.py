@@ -33,6 +33,7 @@ import data
 import sample
 import train
 from formats import sandbox
+from formats.candidates import begun_on
 from formats.errors import DataError
 from formats.schemas import parse_record
 from formats.tokenizer import Tokenizer
@@ -439,6 +440,16 @@ def test_a_template_is_told_the_day(monkeypatch, tmp_path):
     assert Tokenizer(folder, CHATML, "2024-07-26").date is None  # this one does not ask
 
 
+@pytest.mark.parametrize(
+    "told, day", [("2026-02-03", "2026-02-03"), ("2026-02-30", None), ("{{ x }}", None), (5, None)]
+)
+def test_the_day_of_unfinished_answers_is_a_day(tmp_path, told, day):
+    """What an edited file tells is no day, so the file is refused as of another day."""
+    record = {"generation": {"date": told}}
+    (tmp_path / "answers.jsonl.incomplete").write_text(json.dumps(record) + "\n")
+    assert begun_on(str(tmp_path / "answers.jsonl")) == day
+
+
 def test_a_run_keeps_its_day(monkeypatch, capsys, tmp_path):
     """It resumes on another day with the tokens that it began with."""
     out, chat_template = tmp_path / "run", dated_template(tmp_path / "dated.jinja")
@@ -454,6 +465,12 @@ def test_a_run_keeps_its_day(monkeypatch, capsys, tmp_path):
     assert date_after() == "2026-02-03"
     set_clock(monkeypatch, "2026-02-04")
     assert date_after() == "2026-02-03" and "resumed from" in capsys.readouterr().out
+    state = out / "checkpoints" / "step-000002" / "state.json"
+    whole = state.read_text()
+    state.write_text(whole.replace("2026-02-03", "2026-02-0s"))
+    line = fails(monkeypatch, capsys, out, 1, **flags)
+    assert f"{state} is not what was saved" in line  # nothing in it is believed
+    state.write_text(whole)
     last = out / "checkpoints" / "step-000001"
     assert date_after(resume=last) == "2026-02-03"
     line = fails(monkeypatch, capsys, out, 1, **flags, date="2026-02-04")

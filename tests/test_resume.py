@@ -346,7 +346,29 @@ def test_a_damaged_older_checkpoint_is_not_offered(monkeypatch, capsys, tmp_path
         [shard] = path.glob("*.safetensors")
         faults.flip_bit(shard, random.Random(0), "model.")
     line = fails(monkeypatch, capsys, out, 1, **flags)
-    assert "step-000004" in line and line.endswith("is not what was saved: its SHA-256 is another")
+    assert (
+        "step-000004" in line and "no older one is whole: pass --resume never --overwrite" in line
+    )
+    run(monkeypatch, out, **flags, resume="never", overwrite=True)
+    assert_same(unbroken / "simpo", out)
+
+
+@pytest.mark.parametrize("named", ["link", "a million steps", "pruned"])
+def test_the_older_one_is_offered_whatever_the_name(monkeypatch, capsys, tmp_path, unbroken, named):
+    """A link is followed, steps are ordered as numbers, and a missing checkpoint is damaged."""
+    out, flags = unfinished(unbroken, tmp_path)
+    folder, link = out / "checkpoints", tmp_path / "latest"
+    older, newest = checkpoints(out)
+    if named == "a million steps":
+        older = older.rename(folder / "step-999999")
+        newest = newest.rename(folder / "step-1000000")
+    (newest / "metrics.jsonl").unlink()
+    link.symlink_to(newest)
+    path = {"link": link, "pruned": folder / "step-000004"}.get(named, newest)
+    if named == "pruned":
+        shutil.rmtree(newest)
+    line = fails(monkeypatch, capsys, out, 1, **flags, resume=path)
+    assert line.endswith(f"; {older.name} is whole: pass --resume {older}")
 
 
 def forge(path: Path, change: Callable[[dict], object]) -> None:
