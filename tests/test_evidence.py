@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
+from formats.checkpoint import read_config
 from formats.tokenizer import Tokenizer
 from study.analyze import read_pairs
 from toy import evidence, world
@@ -99,6 +100,7 @@ def test_others_get_the_plain_report(monkeypatch, capsys, tmp_path, tokenizer, h
         file.write_text((TOY / "heldout.jsonl").read_text() + json.dumps(row) + "\n")
         pairs, _ = read_pairs(str(file), tokenizer, 512, 256)
     inputs = SimpleNamespace(source=source, tokenizer=tokenizer, held_out=pairs, pairs=pairs)
+    inputs.config = read_config(SOURCE)
     summary = {"out": "OUT", "model": SOURCE, "before": METRICS, "after": METRICS}
     text = train.report(inputs, summary)
     assert "One prompt, answered greedily: write about the cloud" in text and "judge" not in text
