@@ -1,0 +1,184 @@
+"""Stop, restart, overwrite and finish runs: folder and exit status always tell the truth."""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import ROOT, few_pairs, run
+
+import train
+from formats.candidates import AnswerFile
+from formats.errors import DataError
+from formats.files import remove
+from runtime import resume, signals
+from runtime.run import continued_run
+from runtime.settings import Settings, read_command
+
+SHORT = {"max_steps": 2, "save_every": 1, "dtype": "fp32"}
+
+
+# A program that listens, is told twice while it starts, and would then sleep.
+PROGRAM = """
+import os, signal, sys, time
+from runtime import signals
+signals.listen("train.py")
+for number in map(int, sys.argv[1:]):
+    os.kill(os.getpid(), number)
+time.sleep(9)
+"""
+
+
+def status_of(*numbers: int, **options) -> int:
+    """Return the exit status of PROGRAM after these signals; it imports no torch."""
+    command = [sys.executable, "-c", PROGRAM, *map(str, numbers)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=20, **options).returncode
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_before_the_first_step_says_resume_me(name):
+    """Each signal ends a program that is starting with 75, also if it comes twice."""
+    number = getattr(signal, name)
+    assert status_of(number, number) == signals.RESUME_ME
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As under nohup: SIGHUP does nothing, and SIGTERM still counts."""
+    real = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            command = [sys.executable, "-c", PROGRAM, str(int(signal.SIGHUP))]
+            subprocess.run(command, cwd=ROOT, timeout=1)
+        assert status_of(signal.SIGHUP, signal.SIGTERM) == signals.RESUME_ME
+    finally:
+        signal.signal(signal.SIGHUP, real)
+
+
+def test_the_launcher_is_named_by_its_process(monkeypatch):
+    """Another parent has another name; the same one keeps its name."""
+    assert signals._name_launcher() == signals.LAUNCHER
+    for parent in (1, os.getpid()):
+        monkeypatch.setattr(signals, "PARENT", parent)
+        assert signals._name_launcher() != signals.LAUNCHER
+
+
+@pytest.mark.parametrize(
+    "owner, name, call",
+    [(Path, "rename", n) for n in range(3)]
+    + [(shutil, "rmtree", n) for n in range(2)]
+    + [(Path, "unlink", 0)],
+)
+def test_overwriting_can_be_killed_anywhere(monkeypatch, tmp_path, owner, name, call):
+    """Whatever call is the last, the same command starts again and leaves one whole run."""
+    out, flags = tmp_path / "run", few_pairs(tmp_path) | SHORT
+    run(monkeypatch, out, **flags)
+    real, left = getattr(owner, name), [call]
+
+    def last(*values, **options):
+        if str(out) in str(values[0]):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return real(*values, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, last)
+        try:
+            run(patch, out, **flags, lr=2e-3, overwrite=True)
+        except SystemExit as e:
+            assert e.code == 130
+    run(monkeypatch, out, **flags, lr=2e-3, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl", "model",
+    ]  # fmt: skip
+
+
+def test_a_folder_never_keeps_its_name_half_deleted(monkeypatch, tmp_path):
+    """A link is removed, not what it points to; a folder is renamed before it is emptied."""
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    remove(link)
+    assert folder.exists() and not link.is_symlink()
+    monkeypatch.setattr(shutil, "rmtree", lambda *values, **options: None)
+    remove(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "closed"])
+def test_what_people_read_costs_no_run(monkeypatch, tmp_path, encoding):
+    """A stdout that is closed or cannot show × leaves status 0 and a model."""
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8" if encoding == "closed" else encoding)
+    if encoding == "closed":
+        stdout = open(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        run(patch, tmp_path / "run", **few_pairs(tmp_path) | SHORT)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"resume": "elsewhere"}, {"overwrite": True}, {"resume": "never", "overwrite": True}, {}],
+)
+def test_a_restart_goes_on_with_its_own_run(monkeypatch, tmp_path, flags):
+    """Whatever flags began it; a start that is no restart, or another launcher's, does not."""
+    config = {"launcher": "ours", "settings": {"resume": "auto"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(resume, "checkpoints", lambda out: [out / "checkpoints" / "step-000002"])
+    settings = Settings(out=str(tmp_path), **flags)
+    assert continued_run(settings, "ours", restarted=True) == (tmp_path, False)
+    assert continued_run(settings, "ours", restarted=False) == (None, False)
+    assert continued_run(settings, "theirs", restarted=True) == (None, False)
+    (tmp_path / "model").mkdir()
+    assert continued_run(settings, "ours", restarted=True) == (tmp_path, True)
+    (tmp_path / "failed").write_text("the loss is not a number")
+    with pytest.raises(DataError, match="not a number"):
+        continued_run(settings, "ours", restarted=True)
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, OSError])
+def test_a_failing_report_is_a_warning(monkeypatch, tmp_path, error):
+    """The model is saved before the report is made."""
+
+    def report(*values):
+        raise error("no report")
+
+    monkeypatch.setattr(train, "report", report)
+    run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | SHORT)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_two_writers_of_one_answer_file(tmp_path):
+    """The second is refused while the first writes, and after the first has finished."""
+    first, second = (AnswerFile(tmp_path / "out.jsonl", [], {}) for _ in range(2))
+    file = first.lock(overwrite=False)
+    with pytest.raises(FileExistsError, match="another command is writing there"):
+        second.lock(overwrite=True)
+    first.work.rename(first.out)
+    fcntl.flock(file, fcntl.LOCK_UN)
+    with pytest.raises(FileExistsError, match="has just finished it"):
+        second.lock(overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--out=a\0b", "NUL"),
+        ("--data=a\0b", "NUL"),
+        (f"--max-steps={2**70}", "less than 2^63"),
+        (f"--batch-size={2**64}", "less than 2^63"),
+    ],
+)
+def test_numbers_and_paths_beyond_a_machine(capsys, flag, words):
+    """A usage error of one line names them."""
+    with pytest.raises(SystemExit) as exit:
+        read_command([flag], "")
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
