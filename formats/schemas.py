@@ -326,6 +326,15 @@ class Record:
         noted in `Columns.unknown`.
         """
         for name, value in self.left.items():
+            other = self.left.get(name.replace("chosen", "rejected"))
+            if (
+                _numbers([value, other])
+                and value < other
+                and {"score", "rating", "reward"} & {*_words_in(name)}
+            ):
+                self.refused[name] = (
+                    f"column {name!r}, which is below that of the rejected response,"
+                )
             verdict = _verdict(name, value)
             if not verdict or _repeats(value, example):
                 continue
@@ -346,6 +355,11 @@ class Record:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _numbers(values: list) -> bool:
+    """Return True if all values are numbers, which NaN is not."""
+    return all(isinstance(value, (int, float)) and value == value for value in values)
 
 
 def _empty(value: Any) -> bool:
@@ -552,19 +566,20 @@ def _candidates(r: Record) -> Parsed:
     values: list[Any] = r.left.get(name) or []
     objects = bool(values) and all(isinstance(v, dict) and "role" not in v for v in values)
     lists = [name for name in SCORES if isinstance(r.left.get(name), list)]
-    scores_name = (lists or ["scores" if "scores" in r.left else ""])[0]
-    key = next((key for key in SCORE if objects and key in values[0]), "")
-    if not name or not (scores_name or key):
+    lists = lists or ["scores"] * ("scores" in r.left)
+    keys = [key for key in SCORE if objects and key in values[0].keys() - {*r.columns.ignored}]
+    if not name or not (lists or keys):
         return None
     r.left.pop(name)
-    scores = r.left.pop(scores_name) if scores_name else [value.get(key) for value in values]
+    judgments: dict[str, Any] = {name: r.left.pop(name) for name in lists}
+    judgments |= {key: [value.get(key) for value in values] for key in keys}
+    key, scores = next(iter(judgments.items()))
     if not isinstance(scores, list) or len(values) != len(scores) or len(scores) < 2:
-        expected = "expected two lists of one length, at least 2"
-        raise r.error(f"{name} and {scores_name or key}: {expected}")
-    if not all(isinstance(score, (int, float)) and score == score for score in scores):
-        raise r.error(f"{scores_name or key}: expected numbers")
-    if key == "rank":
-        scores = [-score for score in scores]
+        raise r.error(f"{name} and {key}: expected two lists of one length, at least 2")
+    if not _numbers(scores):
+        raise r.error(f"{key}: expected numbers")
+    sign = {"rank": -1}  # 1 is the best
+    scores = [sign.get(key, 1) * score for score in scores]
     finished = r.left.pop("finished", None) if name == "responses" else None
     finished = [True] * len(values) if finished is None else finished
     if not isinstance(finished, list) or [type(f) for f in finished] != [bool] * len(values):
@@ -577,12 +592,16 @@ def _candidates(r: Record) -> Parsed:
     best, worst = scores.index(max(scores)), scores.index(min(scores))
     if best == worst:
         raise Dropped("candidates that all score the same")
+    for other, judged in judgments.items():
+        pair = [judged[best], judged[worst]] if len(judged) == len(values) else []
+        if _numbers(pair) and pair and sign.get(other, 1) * (pair[0] - pair[1]) < 0:
+            r.refused[other] = f"{other!r}, which orders the responses in another way than {key!r},"
     texts = []
     for i in (best, worst):
         value = values[i]
         if objects:
             text = next((text for text in TEXT if text in value), "")
-            known = (text, key, *(NOTES if key == "overall_score" else ()))
+            known = (text, *keys, *(NOTES if key == "overall_score" else ()))
             r.judge({k: v for k, v in value.items() if k not in known}, f"{name}[{i}]")
             value = value.get(text)
         texts.append(r.response(value, f"{name}[{i}]"))

@@ -318,9 +318,14 @@ BESIDE = [  # a column beside prompt, chosen and rejected; None: silent, "": nam
     ({"notes": {"first": [LONG]}}, "column 'notes'"),
     ({"anmerkung": "天空在一天中的大部分时间里都是蓝色的而不是绿色的"}, "column 'anmerkung'"),
     ({"turns": [user("Hm?")]}, "column 'turns'"),
+    ({"previous_turns": ["Hi.", "Hello."]}, "column 'previous_turns'"),
+    ({"metadata": {"source": "x", "system_prompt": "Be brief."}}, "column 'metadata'"),
+    ({"info": {"extra": {"history": ["Hi."]}}}, "column 'info'"),
+    ({"picture": {"path": "a.png"}}, "column 'picture'"),
     ({"dialogue": [human("Hm?")]}, "column 'dialogue'"),
     ({"critique": LONG, "context": "Noon."}, "--ignore-columns critique,context"),
     ({"history": [], "tools": None, "context": " ", "images": [None], "system": ""}, None),
+    ({"tools": "[]", "metadata": {"system": "", "tools": []}, "turns": 1}, None),
     ({"source": "a/b", "uid": "x", "tokens": 12, "input_ids": [1, 2], "prompt_id": "x y"}, None),
     ({"chosen-modelName": "gpt", "score_chosen": 1.5, "meta": {"lang": "en", "ok_score": 1}}, None),
     ({"messages": [user(Q), assistant(A)], "all": [A, B, LONG]}, None),
@@ -487,6 +492,30 @@ def test_statements_agree_or_are_refused(record, prompt):
             parse_record(record, "a.jsonl:7")
     else:
         assert as_said(parse_record(record, "")[1]) == (prompt, (A, B))
+
+
+DISAGREE = [  # … about which response is better, and the name of the column or key
+    ({"prompt": Q, "chosen_score": 1, "rejected_score": 9.5} | PAIR, "chosen_score"),
+    ({"prompt": Q, "chosen-rating": 1, "rejected-rating": 2} | LISTS, "chosen-rating"),
+    ({"prompt": Q, "responses": [A, B], "scores": [2, 1], "ratings": [1, 2]}, "ratings"),
+    (
+        {
+            "prompt": Q,
+            "answers": [
+                {"text": A, "score": 5, "rank": 2}, {"text": B, "score": 1, "rank": 1},
+            ],
+        },
+        "rank",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, name", DISAGREE)
+def test_judgments_agree_or_are_refused(record, name):
+    """Where two judgments order a pair in two ways, a run has to be told which one counts."""
+    with pytest.raises(DataError, match=f"^a.jsonl:7: .*{name}.*--ignore-columns {name}$"):
+        parse_record(record, "a.jsonl:7")
+    assert parse_record(record, "", columns=Columns(ignored=(name,)))[1].responses == (A, B)
 
 
 def test_full_texts_that_repeat_the_prompt():
