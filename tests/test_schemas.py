@@ -241,6 +241,7 @@ REFUSED = [  # … and the part of the line that names the reason
         "ds_name": "x", "image": {"bytes": "iVBOR", "path": None}, "question": Q, "idx": 3}),
      "column 'image'"),
     (Schema("a translation", {"Frage": Q, "good": A, "bad": B}), "no known format"),
+    (Schema("camelCase", {"userInput": Q, "chosenText": A, "rejectedText": B}), "no known format"),
 ]  # fmt: skip
 
 
@@ -322,6 +323,7 @@ BESIDE = [  # a column beside prompt, chosen and rejected; None: silent, "": nam
     ({"metadata": {"source": "x", "system_prompt": "Be brief."}}, "column 'metadata'"),
     ({"info": {"extra": {"history": ["Hi."]}}}, "column 'info'"),
     ({"picture": {"path": "a.png"}}, "column 'picture'"),
+    ({"chat_template_kwargs": {"enable_thinking": True, "x": ""}}, "column 'chat_template_kwargs'"),
     ({"dialogue": [human("Hm?")]}, "column 'dialogue'"),
     ({"critique": LONG, "context": "Noon."}, "--ignore-columns critique,context"),
     ({"history": [], "tools": None, "context": " ", "images": [None], "system": ""}, None),
@@ -364,6 +366,9 @@ IN_MESSAGES = [  # what the assistant's message holds beside its content
     ({"content": None, "tool_calls": [{"name": "f"}]}, "strings, not tool_calls alone"),
     ({"tool_calls": None, "name": "", "thinking": [], "id": "x", "created": 3, "model": "m"}, None),
     ({"role": "GPT"}, None),
+    ({"weight": 1.0}, None),
+    ({"content": [{"type": "text", "text": A, "image": None}]}, None),
+    ({"content": [{"type": "text", "text": A, "image": "a.png"}]}, "'image' of chosen"),
     ({"content": [{"type": "text", "text": A[:4]}, {"type": "text", "text": A[4:]}]}, None),
 ]
 
@@ -442,6 +447,17 @@ def test_advice_never_asks_the_rejected_response():
     assert "prompt=rejected" not in str(error.value)
 
 
+def test_names_with_commas_and_quotes():
+    """The advice quotes them, and the flags read it back."""
+    record = {'a "prompt", so to say': Q, " notes, later": LONG} | PAIR
+    with pytest.raises(DataError) as error:
+        parse_record(record, "a.jsonl:7")
+    words = shlex.split(str(error.value).partition("explicit: ")[2])
+    columns = Columns.of(words[1], words[3])
+    assert words[::2] == ["--columns", "--ignore-columns"]
+    assert parse_record(record, "", columns=columns)[1] == Example(Q, (A, B), "")
+
+
 def test_several_reasons_in_one_line():
     """A prompt that disagrees is refused together with other columns, so one command is enough."""
     record = LISTS | {"prompt": "Another.", "remark": LONG}
@@ -481,6 +497,7 @@ AGREE = [  # columns, and the prompt; None: they disagree
     ({"prompt": ASKED, "history": [["Hi.", "Hello."]]} | PAIR, None),
     ({"messages": ASKED, "question": "Another."} | PAIR, None),
     ({"question": Q, "input": "Another."} | PAIR, None),
+    ({"instruction": ASKED, "input": "Another."} | PAIR, None),
 ]
 
 
