@@ -39,7 +39,8 @@ CARRIED = ("context", "tools", "functions", "documents", "image", "images", "aud
 SYSTEM = ("system", "system_prompt", "system_message")
 ANSWERS = ("completion", "response", "output", "answer", "chosen")  # a single response
 LISTS = ("responses", "completions", "answers", "generations", "candidates")  # several
-SCORES = ("scores", "ratings", "rating", "rewards")  # their scores
+SCORES = ("scores", "ratings", "rating", "rewards", "ranks", "rank")  # their scores
+RANKS = ("ranks", "rank")  # … of which 1 is the best
 TEXT = ("response", "answer", "text", "content", "completion", "output")  # in an object
 SCORE = ("overall_score", "score", "pm_score", "rating", "reward", "rank")
 NOTES = ("annotations", "critique", "custom_system_prompt", "principle")  # UltraFeedback's
@@ -608,7 +609,7 @@ def _candidates(r: Record) -> Parsed:
         raise r.error(f"{name} and {key}: expected two lists of one length, at least 2")
     if not _numbers(scores):
         raise r.error(f"{key}: expected numbers")
-    sign = {"rank": -1}  # 1 is the best
+    sign = dict.fromkeys(RANKS, -1)
     scores = [sign.get(key, 1) * score for score in scores]
     finished = r.left.pop("finished", None) if name == "responses" else None
     finished = [True] * len(values) if finished is None else finished
@@ -772,7 +773,13 @@ def _advice(record: dict, r: Record, paired: bool) -> str:
 
     good, bad = first(GOOD), first(BAD)
     answer = first({*ANSWERS, "solution", "reply", "target", "generation"})
-    guesses = [(True, {"chosen": good, "rejected": bad}), (False, {}), (False, {"output": answer})]
+    several = first({"solutions", "outputs", "samples", "replies", "texts", "options"})
+    guesses = [
+        (True, {"chosen": good, "rejected": bad}),
+        (True, {"responses": several}),
+        (False, {}),
+        (False, {"output": answer}),
+    ]
     for as_pair, sources in guesses:
         if as_pair > paired or not all(sources.values()):
             continue
@@ -804,7 +811,7 @@ def _is_negative(label: object) -> bool:
     """
     try:
         return float(label) <= 0  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(label).strip().lower() in NEGATIVE
 
 

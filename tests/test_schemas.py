@@ -186,6 +186,7 @@ READ = [
     Schema("tatsu-lab/alpaca_farm", {
         "instruction": Q, "input": "", "output_1": A, "output_2": B, "preference": 1,
         "raw_preference": 2}),
+    Schema("responses and their ranks", {"prompt": Q, "responses": [B, A], "ranks": [2, 1]}),
     Schema("candidates of sample.py", {
         "prompt": Q, "responses": [B, A], "scores": [0.5, 2], "generation": {"model": "x/y"}}),
 ]  # fmt: skip
@@ -241,6 +242,8 @@ REFUSED = [  # … and the part of the line that names the reason
         "ds_name": "x", "image": {"bytes": "iVBOR", "path": None}, "question": Q, "idx": 3}),
      "column 'image'"),
     (Schema("a translation", {"Frage": Q, "good": A, "bad": B}), "no known format"),
+    (Schema("solutions with scores", {"problem": Q, "solutions": [B, A], "scores": [0, 1]}),
+     "no known format"),
     (Schema("camelCase", {"userInput": Q, "chosenText": A, "rejectedText": B}), "no known format"),
 ]  # fmt: skip
 
@@ -603,9 +606,15 @@ def test_negative_labels(tmp_path):
     """SFT learns no response that is labelled as bad, and counts it."""
     record = {"prompt": Q, "completion": A}
     labels = [{"label": True}, {"label": False}, {"kto_tag": False}, {"label": None}, {"label": 0}]
-    labels += [{"label": 1.0}, {"label": 0.0}, {"label": -1.0}, {"label": "False "}]
+    labels += [
+        {"label": 10**400},
+        {"label": 1.0},
+        {"label": 0.0},
+        {"label": -1.0},
+        {"label": "False "},
+    ]
     examples, counts = read(tmp_path, [record | label for label in labels], "--objective=sft")
-    assert len(examples) == 3
+    assert len(examples) == 4
     assert sum(n for what, n in counts.items() if "should not be learnt" in what) == 6
 
 
