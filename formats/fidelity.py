@@ -30,6 +30,7 @@ OPENING = re.compile(
     r"|\[(?:INST|SYSTEM_PROMPT)\]",
     re.IGNORECASE,
 )
+NEMOTRON = re.compile(r"<extra_id_1>Assistant\n.*\n<extra_id_1>User\n", re.DOTALL)  # HelpSteer 2
 CLOSING = re.compile(
     r"<\|(?:im_end|eot_id|eom_id|eot|eom|end|return|end_of_text|endoftext|END_OF_TURN_TOKEN)\|>"
     r"|<end_of_turn>|<turn\|>|<end_of_utterance>|<eos>|</s>|<｜end▁of▁sentence｜>|\[/INST\]"
@@ -69,7 +70,7 @@ def is_rendered(text: str, own_header: re.Pattern, own_cue: str) -> bool:
     bare = text[bos_length(text) :].rstrip()
     if own_header.pattern and own_cue and bare.endswith(own_cue) and own_header.match(bare):
         return True
-    if bare.endswith(":") and PLAIN.fullmatch(bare):
+    if NEMOTRON.search(bare) or bare.endswith(":") and PLAIN.fullmatch(bare):
         return True
     start = OPENING.match(bare + "\n")
     if not start:

@@ -10,6 +10,7 @@ content, so that no part of a conversation is ignored in silence. A new format s
 FORMATS. Read formats/tokenizer.py next, which turns the text of an `Example` into tokens.
 """
 
+import csv
 import functools
 import os
 import re
@@ -38,7 +39,8 @@ CARRIED = ("context", "tools", "functions", "documents", "image", "images", "aud
 SYSTEM = ("system", "system_prompt", "system_message")
 ANSWERS = ("completion", "response", "output", "answer", "chosen")  # a single response
 LISTS = ("responses", "completions", "answers", "generations", "candidates")  # several
-SCORES = ("scores", "ratings", "rating", "rewards")  # their scores
+SCORES = ("scores", "ratings", "rating", "rewards", "ranks", "rank")  # their scores
+RANKS = ("ranks", "rank")  # … of which 1 is the best
 TEXT = ("response", "answer", "text", "content", "completion", "output")  # in an object
 SCORE = ("overall_score", "score", "pm_score", "rating", "reward", "rank")
 NOTES = ("annotations", "critique", "custom_system_prompt", "principle")  # UltraFeedback's
@@ -67,14 +69,15 @@ SAID = MEDIA | set(
     "system history input inputs context contexts tool tools function functions document documents "
     "passage passages instruction instructions prompt "
     "question query message messages conversation conversations dialogue persona knowledge "
-    "reason reasoning thinking thought thoughts refusal".split())
-SAID_IN_MESSAGES = set(  # some say whether and how a message is learnt
-    "name weight train channel recipient value from content role files attachments loss mask "
-    "loss_weight end_turn prefix".split())
+    "kwargs reason reasoning thinking thought thoughts refusal".split())
+LEARNT = ("weight", "train", "loss", "loss_weight")  # of messages; 1 is what happens to answers
+SAID_IN_MESSAGES = {*LEARNT} | set(
+    "name channel recipient value from content role files mask end_turn prefix".split())
 # … and these do not, unless the column holds a text.
 BOOKKEEPING = set(
     "agreement annotator annotators author batch categories category coherence complexity "
-    "confidence config correctness count country created data dataset date dates difficulty domain "
+    "confidence config configs correctness count country created data dataset date dates "
+    "difficulty domain "
     "evaluator fields file flag from generation generator group harm harmful has hash hashed "
     "helpfulness honesty id ids idx index info instance is judge key kl label labeler labelling "
     "labels lang language languages len length level license likelihood locale logprob logprobs "
@@ -118,16 +121,16 @@ class Columns:
     def of(cls, columns: str | None, ignored: str | None) -> "Columns":
         """Read the arguments of the two flags. Raises DataError for what is not TARGET=SOURCE."""
         sources = {}
-        for pair in (columns or "").split(",") if columns else []:
-            target, _, source = (part.strip() for part in pair.partition("="))
+        for pair in _listed(columns):
+            target, _, source = pair.partition("=")
+            target = target.strip()
             if not target or not source or target in sources:
                 raise DataError(f"--columns {columns}: expected TARGET=SOURCE,TARGET=SOURCE,…")
             if target not in TARGETS:
                 known = ", ".join(sorted(TARGETS))
                 raise DataError(f"--columns: no format has a column {target!r}, but {known}")
             sources[target] = source
-        names = tuple(name.strip() for name in (ignored or "").split(",") if name.strip())
-        return cls(sources, names)
+        return cls(sources, tuple(_listed(ignored)))
 
     def apply(self, record: dict, where: str) -> dict:
         """Return the columns of a record under our names, without null or ignored ones."""
@@ -147,11 +150,34 @@ class Columns:
         """Return the flags that say the same."""
         pairs = [f"{target}={source}" for target, source in self.sources.items()]
         flags = {"--columns": pairs, "--ignore-columns": self.ignored}
-        return [f"{name} {shlex.quote(','.join(v))}" for name, v in flags.items() if v]
+        return [
+            f"{flag} {shlex.quote(','.join(map(_quoted, v)))}" for flag, v in flags.items() if v
+        ]
 
     def missing(self) -> str:
         """Return the names of the two flags that no record has had so far."""
         return ", ".join(sorted({*self.ignored, *self.sources.values()} - self.seen))
+
+
+def _listed(names: str | None) -> list[str]:
+    """Split names at commas; a name with a comma in it stands in double quotes, as in CSV.
+
+    >>> _listed('id, "a, b"')
+    ['id', 'a, b']
+    """
+    return [
+        name for row in csv.reader([names or ""], skipinitialspace=True) for name in row if name
+    ]
+
+
+def _quoted(name: str) -> str:
+    """Return a name as `_listed` reads it.
+
+    >>> _quoted("a, b")
+    '"a, b"'
+    """
+    plain = name == name.strip() and "," not in name and '"' not in name
+    return name if plain else '"' + name.replace('"', '""') + '"'
 
 
 class Record:
@@ -200,11 +226,15 @@ class Record:
         """Return a message of another form: `from` and `value`, content in parts, more keys."""
         keys = ("from", "value") if {"from", "value"} <= message.keys() else ("role", "content")
         role, content = (message.get(key) for key in keys)
-        self.judge({k: v for k, v in message.items() if k not in keys}, field)
+        answers = ROLES.get(str(role).lower()) == "assistant"
+        harmless = {k for k in LEARNT if message.get(k) == 1 or not answers}
+        self.judge({k: v for k, v in message.items() if k not in harmless.union(keys)}, field)
         if isinstance(content, list):
             kinds = {part.get("type") for part in content if isinstance(part, dict)} or {None}
             texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict)]
             if kinds == {"text"} and len(texts) == len(content) and all(map(_is_text, texts)):
+                for part in content:
+                    self.judge({k: v for k, v in part.items() if k not in ("type", "text")}, field)
                 content = "".join(texts)
             else:
                 held = ", ".join(sorted({str(kind) for kind in kinds}))
@@ -266,8 +296,9 @@ class Record:
                 continue
             del self.left[name]
             prompt = self.prompt(value, name)
-            if name == "instruction" and isinstance(self.left.get("input"), str):
-                prompt = "\n".join(filter(None, [str(value), self.take("input")]))
+            texts = value, self.left.get("input")
+            if name == "instruction" and all(map(_is_text, texts)):
+                prompt = "\n".join(filter(None, [value, self.take("input")]))
             return kind, self.preceded(prompt)
         if "prompt" in self.left:  # an empty one
             return "explicit", self.prompt(self.left.pop("prompt"), "prompt")
@@ -326,6 +357,15 @@ class Record:
         noted in `Columns.unknown`.
         """
         for name, value in self.left.items():
+            other = self.left.get(name.replace("chosen", "rejected"))
+            if (
+                _numbers([value, other])
+                and value < other
+                and {"score", "rating", "reward"} & {*_words_in(name)}
+            ):
+                self.refused[name] = (
+                    f"column {name!r}, which is below that of the rejected response,"
+                )
             verdict = _verdict(name, value)
             if not verdict or _repeats(value, example):
                 continue
@@ -346,6 +386,11 @@ class Record:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _numbers(values: list) -> bool:
+    """Return True if all values are numbers, which NaN is not."""
+    return all(isinstance(value, (int, float)) and value == value for value in values)
 
 
 def _empty(value: Any) -> bool:
@@ -425,10 +470,10 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def _repeats(value: Any, example: Example) -> bool:
     """Return True if the example says all that a value says, or if the pair was chosen from it."""
-    texts, responses = set(_texts_in(value)), set(_texts_in(list(example.responses)))
+    texts, responses = {*_texts_in(value)} - {""}, {*_texts_in(list(example.responses))}
     if len(responses) > 1 and responses <= texts:
         return True
-    said = {*_texts_in(example.prompt), *responses, ""}
+    said = {*_texts_in(example.prompt), *responses}
     return bool(texts) and all(
         text in said or (_words(text) > FEW and any(text in s for s in said)) for text in texts
     )
@@ -552,19 +597,20 @@ def _candidates(r: Record) -> Parsed:
     values: list[Any] = r.left.get(name) or []
     objects = bool(values) and all(isinstance(v, dict) and "role" not in v for v in values)
     lists = [name for name in SCORES if isinstance(r.left.get(name), list)]
-    scores_name = (lists or ["scores" if "scores" in r.left else ""])[0]
-    key = next((key for key in SCORE if objects and key in values[0]), "")
-    if not name or not (scores_name or key):
+    lists = lists or ["scores"] * ("scores" in r.left)
+    keys = [key for key in SCORE if objects and key in values[0].keys() - {*r.columns.ignored}]
+    if not name or not (lists or keys):
         return None
     r.left.pop(name)
-    scores = r.left.pop(scores_name) if scores_name else [value.get(key) for value in values]
+    judgments: dict[str, Any] = {name: r.left.pop(name) for name in lists}
+    judgments |= {key: [value.get(key) for value in values] for key in keys}
+    key, scores = next(iter(judgments.items()))
     if not isinstance(scores, list) or len(values) != len(scores) or len(scores) < 2:
-        expected = "expected two lists of one length, at least 2"
-        raise r.error(f"{name} and {scores_name or key}: {expected}")
-    if not all(isinstance(score, (int, float)) and score == score for score in scores):
-        raise r.error(f"{scores_name or key}: expected numbers")
-    if key == "rank":
-        scores = [-score for score in scores]
+        raise r.error(f"{name} and {key}: expected two lists of one length, at least 2")
+    if not _numbers(scores):
+        raise r.error(f"{key}: expected numbers")
+    sign = dict.fromkeys(RANKS, -1)
+    scores = [sign.get(key, 1) * score for score in scores]
     finished = r.left.pop("finished", None) if name == "responses" else None
     finished = [True] * len(values) if finished is None else finished
     if not isinstance(finished, list) or [type(f) for f in finished] != [bool] * len(values):
@@ -577,12 +623,16 @@ def _candidates(r: Record) -> Parsed:
     best, worst = scores.index(max(scores)), scores.index(min(scores))
     if best == worst:
         raise Dropped("candidates that all score the same")
+    for other, judged in judgments.items():
+        pair = [judged[best], judged[worst]] if len(judged) == len(values) else []
+        if _numbers(pair) and pair and sign.get(other, 1) * (pair[0] - pair[1]) < 0:
+            r.refused[other] = f"{other!r}, which orders the responses in another way than {key!r},"
     texts = []
     for i in (best, worst):
         value = values[i]
         if objects:
             text = next((text for text in TEXT if text in value), "")
-            known = (text, key, *(NOTES if key == "overall_score" else ()))
+            known = (text, *keys, *(NOTES if key == "overall_score" else ()))
             r.judge({k: v for k, v in value.items() if k not in known}, f"{name}[{i}]")
             value = value.get(text)
         texts.append(r.response(value, f"{name}[{i}]"))
@@ -723,7 +773,13 @@ def _advice(record: dict, r: Record, paired: bool) -> str:
 
     good, bad = first(GOOD), first(BAD)
     answer = first({*ANSWERS, "solution", "reply", "target", "generation"})
-    guesses = [(True, {"chosen": good, "rejected": bad}), (False, {}), (False, {"output": answer})]
+    several = first({"solutions", "outputs", "samples", "replies", "texts", "options"})
+    guesses = [
+        (True, {"chosen": good, "rejected": bad}),
+        (True, {"responses": several}),
+        (False, {}),
+        (False, {"output": answer}),
+    ]
     for as_pair, sources in guesses:
         if as_pair > paired or not all(sources.values()):
             continue
@@ -755,7 +811,7 @@ def _is_negative(label: object) -> bool:
     """
     try:
         return float(label) <= 0  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(label).strip().lower() in NEGATIVE
 
 

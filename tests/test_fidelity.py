@@ -83,6 +83,7 @@ RENDERED = [
     "<|start|>user<|message|>Hi<|end|><|start|>assistant",
     "Below is a task.\n\n### Instruction:\nHi\n\n### Response:",
     "### Human: Hi\n### Assistant:",
+    "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nBye",
     "System: Be brief.\n\nUser: Hi\n\nAssistant:",
     "<|prompter|>Hi<|endoftext|><|assistant|>",
 ]

@@ -186,6 +186,7 @@ READ = [
     Schema("tatsu-lab/alpaca_farm", {
         "instruction": Q, "input": "", "output_1": A, "output_2": B, "preference": 1,
         "raw_preference": 2}),
+    Schema("responses and their ranks", {"prompt": Q, "responses": [B, A], "ranks": [2, 1]}),
     Schema("candidates of sample.py", {
         "prompt": Q, "responses": [B, A], "scores": [0.5, 2], "generation": {"model": "x/y"}}),
 ]  # fmt: skip
@@ -241,6 +242,9 @@ REFUSED = [  # … and the part of the line that names the reason
         "ds_name": "x", "image": {"bytes": "iVBOR", "path": None}, "question": Q, "idx": 3}),
      "column 'image'"),
     (Schema("a translation", {"Frage": Q, "good": A, "bad": B}), "no known format"),
+    (Schema("solutions with scores", {"problem": Q, "solutions": [B, A], "scores": [0, 1]}),
+     "no known format"),
+    (Schema("camelCase", {"userInput": Q, "chosenText": A, "rejectedText": B}), "no known format"),
 ]  # fmt: skip
 
 
@@ -318,9 +322,15 @@ BESIDE = [  # a column beside prompt, chosen and rejected; None: silent, "": nam
     ({"notes": {"first": [LONG]}}, "column 'notes'"),
     ({"anmerkung": "天空在一天中的大部分时间里都是蓝色的而不是绿色的"}, "column 'anmerkung'"),
     ({"turns": [user("Hm?")]}, "column 'turns'"),
+    ({"previous_turns": ["Hi.", "Hello."]}, "column 'previous_turns'"),
+    ({"metadata": {"source": "x", "system_prompt": "Be brief."}}, "column 'metadata'"),
+    ({"info": {"extra": {"history": ["Hi."]}}}, "column 'info'"),
+    ({"picture": {"path": "a.png"}}, "column 'picture'"),
+    ({"chat_template_kwargs": {"enable_thinking": True, "x": ""}}, "column 'chat_template_kwargs'"),
     ({"dialogue": [human("Hm?")]}, "column 'dialogue'"),
     ({"critique": LONG, "context": "Noon."}, "--ignore-columns critique,context"),
     ({"history": [], "tools": None, "context": " ", "images": [None], "system": ""}, None),
+    ({"tools": "[]", "metadata": {"system": "", "tools": []}, "turns": 1}, None),
     ({"source": "a/b", "uid": "x", "tokens": 12, "input_ids": [1, 2], "prompt_id": "x y"}, None),
     ({"chosen-modelName": "gpt", "score_chosen": 1.5, "meta": {"lang": "en", "ok_score": 1}}, None),
     ({"messages": [user(Q), assistant(A)], "all": [A, B, LONG]}, None),
@@ -359,6 +369,9 @@ IN_MESSAGES = [  # what the assistant's message holds beside its content
     ({"content": None, "tool_calls": [{"name": "f"}]}, "strings, not tool_calls alone"),
     ({"tool_calls": None, "name": "", "thinking": [], "id": "x", "created": 3, "model": "m"}, None),
     ({"role": "GPT"}, None),
+    ({"weight": 1.0}, None),
+    ({"content": [{"type": "text", "text": A, "image": None}]}, None),
+    ({"content": [{"type": "text", "text": A, "image": "a.png"}]}, "'image' of chosen"),
     ({"content": [{"type": "text", "text": A[:4]}, {"type": "text", "text": A[4:]}]}, None),
 ]
 
@@ -437,6 +450,17 @@ def test_advice_never_asks_the_rejected_response():
     assert "prompt=rejected" not in str(error.value)
 
 
+def test_names_with_commas_and_quotes():
+    """The advice quotes them, and the flags read it back."""
+    record = {'a "prompt", so to say': Q, " notes, later": LONG} | PAIR
+    with pytest.raises(DataError) as error:
+        parse_record(record, "a.jsonl:7")
+    words = shlex.split(str(error.value).partition("explicit: ")[2])
+    columns = Columns.of(words[1], words[3])
+    assert words[::2] == ["--columns", "--ignore-columns"]
+    assert parse_record(record, "", columns=columns)[1] == Example(Q, (A, B), "")
+
+
 def test_several_reasons_in_one_line():
     """A prompt that disagrees is refused together with other columns, so one command is enough."""
     record = LISTS | {"prompt": "Another.", "remark": LONG}
@@ -476,6 +500,7 @@ AGREE = [  # columns, and the prompt; None: they disagree
     ({"prompt": ASKED, "history": [["Hi.", "Hello."]]} | PAIR, None),
     ({"messages": ASKED, "question": "Another."} | PAIR, None),
     ({"question": Q, "input": "Another."} | PAIR, None),
+    ({"instruction": ASKED, "input": "Another."} | PAIR, None),
 ]
 
 
@@ -487,6 +512,30 @@ def test_statements_agree_or_are_refused(record, prompt):
             parse_record(record, "a.jsonl:7")
     else:
         assert as_said(parse_record(record, "")[1]) == (prompt, (A, B))
+
+
+DISAGREE = [  # … about which response is better, and the name of the column or key
+    ({"prompt": Q, "chosen_score": 1, "rejected_score": 9.5} | PAIR, "chosen_score"),
+    ({"prompt": Q, "chosen-rating": 1, "rejected-rating": 2} | LISTS, "chosen-rating"),
+    ({"prompt": Q, "responses": [A, B], "scores": [2, 1], "ratings": [1, 2]}, "ratings"),
+    (
+        {
+            "prompt": Q,
+            "answers": [
+                {"text": A, "score": 5, "rank": 2}, {"text": B, "score": 1, "rank": 1},
+            ],
+        },
+        "rank",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, name", DISAGREE)
+def test_judgments_agree_or_are_refused(record, name):
+    """Where two judgments order a pair in two ways, a run has to be told which one counts."""
+    with pytest.raises(DataError, match=f"^a.jsonl:7: .*{name}.*--ignore-columns {name}$"):
+        parse_record(record, "a.jsonl:7")
+    assert parse_record(record, "", columns=Columns(ignored=(name,)))[1].responses == (A, B)
 
 
 def test_full_texts_that_repeat_the_prompt():
@@ -557,9 +606,15 @@ def test_negative_labels(tmp_path):
     """SFT learns no response that is labelled as bad, and counts it."""
     record = {"prompt": Q, "completion": A}
     labels = [{"label": True}, {"label": False}, {"kto_tag": False}, {"label": None}, {"label": 0}]
-    labels += [{"label": 1.0}, {"label": 0.0}, {"label": -1.0}, {"label": "False "}]
+    labels += [
+        {"label": 10**400},
+        {"label": 1.0},
+        {"label": 0.0},
+        {"label": -1.0},
+        {"label": "False "},
+    ]
     examples, counts = read(tmp_path, [record | label for label in labels], "--objective=sft")
-    assert len(examples) == 3
+    assert len(examples) == 4
     assert sum(n for what, n in counts.items() if "should not be learnt" in what) == 6
 
 
