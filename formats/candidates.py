@@ -284,6 +284,8 @@ class AnswerFile:
                 if theirs != value:
                     problem = f"made with {name} = {json.dumps(theirs)}, not {json.dumps(value)}"
                     return record, problem
+            if len(record["responses"]) != self.generation["num_samples"]:
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             return {}, "not a line of an unfinished command"
         same = record == expected

@@ -113,6 +113,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def stat_of(path: Path) -> list[int]:
+    """Return size, times and inode of a file, which tell whether it was changed."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 def digests(files: Iterable[Path], known: dict[str, dict] | None = None) -> dict[str, dict]:
     """Return {"sha256": hexadecimal digits, "stat": [...]} for each file, by name.
 
@@ -125,8 +131,7 @@ def digests(files: Iterable[Path], known: dict[str, dict] | None = None) -> dict
     """
     found = {}
     for path in files:
-        status = path.stat()
-        stat = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        stat = stat_of(path)
         entry = (known or {}).get(path.name, {})
         if entry.get("stat") != stat:
             with open(path, "rb") as file:

@@ -18,8 +18,9 @@ import torch
 from data import Example, Pair, batches
 from formats import hub, records, schemas
 from formats.authors import Encoder, encoder
-from formats.checkpoint import Weights, checkpoint_folder, read_config
+from formats.checkpoint import Weights, checkpoint_folder, content_files, read_config
 from formats.errors import DataError, printable
+from formats.files import stat_of
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, flash_runs, flash_takes
@@ -35,6 +36,7 @@ class Inputs:
     """Holds what a run trains, and on what; `pairs` and `held_out` are the same on every rank."""
 
     source: Path  # the checkpoint folder
+    stats: dict[str, list[int]]  # of its files before they were read, by name
     config: Config
     weights: Weights
     tokenizer: Tokenizer
@@ -54,7 +56,7 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
     Raises:
         DataError, CheckpointError: something cannot be used; the same error on every rank.
     """
-    source, config, weights, tokenizer = agree(lambda: open_model(settings))
+    source, stats, config, weights, tokenizer = agree(lambda: open_model(settings))
     settings.date = tokenizer.date  # part of what must match on resume, if the template asks for it
     if settings.dtype == "bf16" and not multiplies_bf16(device):
         faster = "--dtype fp32 is several times as fast"
@@ -69,7 +71,7 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
         pair.index = index
     warn_of_long_pairs([*pairs, *held_out], config.max_position_embeddings)
     steps = list(all_steps(len(pairs), settings))
-    return Inputs(source, config, weights, tokenizer, pairs, held_out, counts, steps)
+    return Inputs(source, stats, config, weights, tokenizer, pairs, held_out, counts, steps)
 
 
 def warn_of_slow_attention(config: Config, device: torch.device) -> None:
@@ -84,13 +86,14 @@ def warn_of_slow_attention(config: Config, device: torch.device) -> None:
         print0(f"warning: {reason}; attention runs in PyTorch's own operations, more slowly")
 
 
-def open_model(settings: Settings) -> tuple[Path, Config, Weights, Tokenizer]:
+def open_model(settings: Settings) -> tuple[Path, dict[str, list[int]], Config, Weights, Tokenizer]:
     """Return the checkpoint folder and what is read from it before any memory is spent."""
     source = checkpoint_folder(settings.model)
+    stats = {path.name: stat_of(path) for path in content_files(source)}
     config, weights = read_config(source), Weights(source)
     tokenizer = Tokenizer(source, read_template(settings.chat_template), settings.date)
     tokenizer.check_fits(config.vocab_size)
-    return source, config, weights, tokenizer
+    return source, stats, config, weights, tokenizer
 
 
 def load_pairs(

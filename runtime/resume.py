@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.hf_storage import (
 
 from formats.checkpoint import content_files
 from formats.errors import CheckpointError
-from formats.files import digests, read_json, reading, sync
+from formats.files import digests, read_json, reading, stat_of, sync
 from model import Llama
 from runtime.inputs import Inputs
 from runtime.processes import agree, gather, is_rank_0, on_every_rank, on_rank_0, slice_of
@@ -253,7 +253,8 @@ def find_checkpoint(settings: Settings, out: Path, inputs: Inputs) -> tuple[Path
     Call it on all ranks, which share the files to digest. The state has this run's identity.
 
     Raises:
-        CheckpointError: it is damaged, or of another run; the message names what differs.
+        CheckpointError: it is damaged, or of another run; the message names what differs. Or the
+            model's files have changed since they were read.
     """
 
     def choose() -> Path | None:
@@ -262,8 +263,16 @@ def find_checkpoint(settings: Settings, out: Path, inputs: Inputs) -> tuple[Path
 
     path = on_rank_0(choose)
     state = read_whole(path) if path else on_rank_0(lambda: {"step": 0, "run": uuid.uuid4().hex})
-    model_files, known = agree(lambda: content_files(inputs.source)), state.get("source", {})
-    parts = on_every_rank(lambda: digests(slice_of(model_files), known))
+
+    def digest_source() -> dict[str, dict]:
+        files = content_files(inputs.source)
+        for name in sorted(inputs.stats.keys() | {path.name for path in files}):
+            path = inputs.source / name
+            if not path.exists() or stat_of(path) != inputs.stats.get(name):
+                raise CheckpointError(f"{path} was changed while it was read: start again")
+        return digests(slice_of(files), state.get("source", {}))
+
+    parts = on_every_rank(digest_source)
     source = {name: entry for part in parts for name, entry in part.items()}
     identity = fingerprint(settings, inputs, source)
     if path:

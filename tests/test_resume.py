@@ -29,7 +29,7 @@ from test_train import ROOT, arguments, fails, few_pairs, launch, losses, rows_o
 
 import train
 from formats import checkpoint
-from runtime import resume
+from runtime import inputs, resume
 from runtime.resume import checkpoints
 from runtime.signals import RESUME_ME
 
@@ -471,6 +471,28 @@ def test_a_run_goes_on_only_from_the_content_it_began_with(
     if name == "model.safetensors":
         run(monkeypatch, out, **flags, model=moved)
         assert_same(unbroken / "simpo", out)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "added_tokens.json"])
+@pytest.mark.parametrize("moment", ["load_pairs", "build_model"])
+def test_a_source_that_changes_while_it_is_read(monkeypatch, capsys, tmp_path, moment, name):
+    """A run is not known by a content that it did not read."""
+    moved = shutil.copytree(ROOT / "toy" / "checkpoint", tmp_path / "moved")
+    change = CONTENTS.get(name, lambda folder: (folder / name).write_text("{}"))
+    where = inputs if moment == "load_pairs" else train
+    real, struck = getattr(where, moment), []
+
+    def strike(*args, **options):
+        result = real(*args, **options)
+        if not struck:
+            struck.append(change(moved))
+        return result
+
+    monkeypatch.setattr(where, moment, strike)
+    flags = few_pairs(tmp_path) | SIMPO | {"model": moved}
+    line = fails(monkeypatch, capsys, tmp_path / "run", 1, **flags)
+    assert f"{moved / name} was changed while it was read" in line
+    assert not checkpoints(tmp_path / "run")
 
 
 def test_the_model_is_saved_with_what_the_run_began_with(monkeypatch, tmp_path, unbroken):

@@ -407,6 +407,8 @@ OTHERS = [
     (lambda r: r, "--limit 1", [":2:", "more prompts", "1"]),
     (lambda r: r | {"prompt": "another"}, "", [":1:", "another prompt", "asked.jsonl:1"]),
     (lambda r: {"responses": []}, "", [":1:", "not a line"]),
+    (lambda r: r | {"responses": r["responses"][:-1]}, "", [":1:", "not a line"]),
+    (lambda r: r | {"responses": 3}, "", [":1:", "not a line"]),
     (lambda r: [], "", [":1:", "not a line"]),
 ]
 
