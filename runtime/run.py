@@ -331,9 +331,10 @@ def check_output_folder(settings: Settings) -> None:
         raise FileExistsError(
             f"{what}: pass --overwrite to replace it, or another --out; {further} and another --out"
         )
-    resumes_from = os.path.realpath(os.path.dirname(os.path.abspath(settings.resume)))
-    resumes_here = resumes_from == os.path.realpath(out / "checkpoints")
-    resumes_here |= settings.resume == "auto"
+    # Either the link that --resume names may be in this folder, or what it leads to.
+    paths = os.path.abspath(settings.resume), os.path.realpath(settings.resume)
+    places = {os.path.realpath(os.path.dirname(path)) for path in paths}
+    resumes_here = settings.resume == "auto" or os.path.realpath(out / "checkpoints") in places
     if not resumes_here and resume.checkpoints(out):
         what = f"{out} holds checkpoints of a run"
         raise FileExistsError(f"{what}: pass --overwrite to replace them, or another --out")
