@@ -450,6 +450,8 @@ def run_case(seed: int, case: int, base: Path, work: Path) -> dict:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     limit = math.ceil(began) + SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, resource.RLIM_INFINITY))
     try:
         read_everything(folder, base)
     except (DataError, CheckpointError) as e:
@@ -460,7 +462,8 @@ def run_case(seed: int, case: int, base: Path, work: Path) -> dict:
             outcome = "FAILED: wrote a file"
     except BaseException as e:  # a panic of the tokenizers library is no Exception
         outcome, message = f"FAILED: {type(e).__name__}", traceback.format_exc()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    for limited in (resource.RLIMIT_FSIZE, resource.RLIMIT_DATA):  # what mutates has no limit
+        resource.setrlimit(limited, (resource.RLIM_INFINITY,) * 2)
     for path in folder.rglob("*"):
         if path.is_fifo():
             path.unlink()
@@ -489,9 +492,6 @@ def run_child(seed: int, cases: range, base: Path, work: Path) -> None:
     import pyarrow.parquet  # noqa: F401  before the memory in use is measured
 
     torch.set_num_threads(1)
-    status = Path("/proc/self/status").read_text()
-    used = int(re.search(r"VmData:\s+(\d+)", status)[1]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(refuse_writes)
     for case in cases:

@@ -193,6 +193,7 @@ def test_segments_of_gpu_memory_grow(monkeypatch, theirs):
     if theirs:
         monkeypatch.setenv(theirs, "max_split_size_mb:512")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: 1 / 0)  # CUDA would start here
     with pytest.raises(ZeroDivisionError):
         processes.start_ranks(Settings(device="cuda"))

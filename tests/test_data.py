@@ -1266,7 +1266,7 @@ def test_tokenizer_that_breaks_the_library(tmp_path, monkeypatch, case):
         _, [ids], _ = encode(tokenizer, ("x" + "a" * 28) * 300, ("e" * 28 + ".") * 300)
         tokenizer.decode(ids)
     assert "\n" not in str(error.value)
-    assert peak_memory() - memory < 2**16 and children_seconds() - seconds < 5
+    assert peak_memory() - memory < 2**16 and children_seconds() - seconds < 10
     (tmp_path / "tokenizer.json").write_text(byte_level())
     assert Tokenizer(tmp_path).backend.encode(["hello"])[0]
 

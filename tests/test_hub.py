@@ -391,7 +391,8 @@ def test_hub_that_drips(hub, tmp_path):
         [sys.executable, "-c", f"import formats.hub as hub; {limits}; hub.serve()"]
         + ["owner/name@v2", "model"],
         env=os.environ
-        | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}"},
+        | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}"}
+        | {"HF_HUB_OFFLINE": "0"},
         cwd=ROOT,
         input=b'["config.json"]\n',
         capture_output=True,
