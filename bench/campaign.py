@@ -16,12 +16,14 @@ process, which has imported torch already. A case is right if the command
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -89,7 +91,8 @@ def fork(argv: list[str], hook: Hook, log: Path, command: Any = train) -> int:
         os._exit(0)
     except SystemExit as e:
         if isinstance(e.code, str):
-            print(e.code, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the disk is full for the log, too
+                print(e.code, file=sys.stderr)
         os._exit(e.code if isinstance(e.code, int) else 1)
     except BaseException:
         import traceback
@@ -480,8 +483,8 @@ def change_cases(bench: Bench) -> Iterator[Case]:
     def case(name: str, action: Callable[[Path], object], status: tuple, **more: Any) -> Case:
         out = bench.folder / f"changed-{next(number)}"
         hook = step(lambda: action(out))
-        more = {"flags": ["--out", str(out)], "again": False} | more
-        return Case("changes", name, hook, status, **more)
+        flags = ["--out", str(out), *more.pop("flags", [])]
+        return Case("changes", name, hook, status, flags, again=False, **more)
 
     yield case("data deleted", lambda out: bench.data.unlink(), (0,), after=restore)
     yield case("data emptied", lambda out: bench.data.write_text(""), (0,), after=restore)
@@ -521,7 +524,6 @@ def restarted() -> None:
 
 def restart_cases(bench: Bench) -> Iterator[Case]:
     """Yield restarts by torchrun, after each kind of start and of end."""
-    die = at(train, "clip_gradients", lambda: os._exit(77), 3)
     starts: dict[str, tuple[list[str], Callable[[Path], object]]] = {
         "plain": ([], lambda out: None),
         "--overwrite": (["--overwrite"], bench.finished),
@@ -569,7 +571,6 @@ def restart_cases(bench: Bench) -> Iterator[Case]:
         yield Case(
             "restarts", f"not again: {name}", restarted, (1,), before=before, says=str(error)
         )
-    del die
 
 
 ARGUMENTS = {
@@ -667,8 +668,9 @@ KINDS: dict[str, Callable[[Bench], Iterator[Case]]] = {
 # sample.py --out
 
 
-def sample_verdicts(folder: Path) -> Iterator[tuple[str, str]]:
+def sample_verdicts(bench: Bench) -> Iterator[tuple[str, str]]:
     """Hit `sample.py --out`; yield (what was done, what was wrong)."""
+    folder = bench.folder
     asked = folder / "asked.txt"
     asked.write_text("".join(f"describe the fox and the {n} .\n" for n in ["moon", "owl"] * 6))
     out, log = folder / "answers.jsonl", folder / "answers.log"
@@ -714,28 +716,128 @@ def sample_verdicts(folder: Path) -> Iterator[tuple[str, str]]:
     yield "tracebacks", "one" if "Traceback" in log.read_text(errors="replace") else ""
 
 
-def smallest(cases: list[Case]) -> list[Case]:
-    """Return a few cases of a kind, spread over it."""
-    return cases[:: max(1, len(cases) // 2)][:2]
+# --------------------------------------------------------------------------------------------------
+# Two ranks
+
+# train.py with a fault in one rank: raise in a step, or wait where torch is imported.
+WORKER = """
+import os, signal, sys, time
+sys.path[:0] = [ROOT]
+from runtime import signals
+signals.listen("train.py")
+fault, rank = os.environ["FAULT"], os.environ["RANK"]
+if fault == "importing":
+    open(os.environ["SIGN"] + rank, "w").close(); time.sleep(1)
+import torch, train
+real, calls = train.backward, []
+def backward(loss):
+    calls.append(1)
+    if rank == "1" and len(calls) == 2:
+        if fault == "raise":
+            raise RuntimeError("only here")
+        if fault == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if fault == "stop":
+            open(os.environ["SIGN"] + rank, "w").close()
+            time.sleep(4)
+    real(loss)
+train.backward = backward
+sys.argv[0] = "train.py"
+train.main()
+"""
+
+
+def rank_verdicts(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Hit one of two ranks, or their torchrun; yield (what was done, what was wrong)."""
+    script = bench.folder / "worker.py"
+    script.write_text(f"ROOT = {str(ROOT)!r}\n{WORKER}")
+
+    def torchrun(number: int, fault: str, **environment: str) -> tuple[subprocess.Popen, Path]:
+        out, sign = bench.folder / f"ranks-{number}", bench.folder / f"ranks-{number}.sign"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        command += ["--standalone", "--max-restarts=2", "--monitor-interval=0.1", str(script)]
+        environment = os.environ | {"FAULT": fault, "SIGN": str(sign)} | environment
+        with open(bench.folder / f"ranks-{number}.log", "w") as log:
+            options = {"stdout": log, "stderr": log, "env": environment}
+            return subprocess.Popen([*command, *bench.flags, f"--out={out}"], **options), sign
+
+    def signed(sign: Path) -> None:
+        deadline = time.time() + PATIENCE
+        while not Path(f"{sign}1").exists() and time.time() < deadline:
+            time.sleep(0.02)
+
+    def orphans(number: int) -> int:
+        """Count the workers that still live after some seconds."""
+        name, deadline = f"--out={bench.folder}/ranks-{number}", time.time() + 15
+        while time.time() < deadline:
+            found = subprocess.run(["pgrep", "-f", "--", name], capture_output=True, text=True)
+            if not found.stdout:
+                return 0
+            time.sleep(0.2)
+        return len(found.stdout.split())
+
+    def log(number: int) -> str:
+        return (bench.folder / f"ranks-{number}.log").read_text(errors="replace")
+
+    run, _ = torchrun(1, "raise")
+    began, status = time.time(), run.wait(PATIENCE)
+    told = "RuntimeError: only here" in log(1) and status == 0  # the restarts brought it to its end
+    yield "an error on one rank", "" if told and time.time() - began < 60 else f"status {status}"
+    run, _ = torchrun(2, "memory")
+    status, times = run.wait(PATIENCE), log(2).count("resumed from")
+    yield "no memory on one rank", "" if status == 1 and not times else f"tried {times} times again"
+    for number, share in ((3, "0"), (4, "1")):
+        run, sign = torchrun(number, "importing", TORCH_DISABLE_SHARE_RDZV_TCP_STORE=share)
+        signed(sign)
+        run.kill()
+        left = orphans(number)
+        what = (
+            f"torchrun killed while workers import, store {'its own' if share == '1' else 'shared'}"
+        )
+        yield what, f"{left} orphans" if left else ""
+    for number, fault in ((5, "importing"), (6, "stop")):
+        stopped = bench.folder / f"stopped-{number}"
+        run, sign = torchrun(number, fault, TRAIN_STOPPED=str(stopped))
+        signed(sign)
+        run.terminate()
+        run.wait(PATIENCE)
+        problem = "" if stopped.exists() else "did not leave with 75"
+        problem = problem or ("a worker died" if "exitcode: -" in log(number) else "")
+        run, _ = torchrun(number, "none")
+        status = run.wait(PATIENCE)
+        same = not status and faults.results(bench.folder / f"ranks-{number}")[1]
+        yield f"SIGTERM to torchrun: {fault}", problem or ("" if same else f"then status {status}")
+
+
+def smallest(kind: str, cases: list[Case]) -> list[Case]:
+    """Return one case of a kind, from its middle; of signals, the first of each group of phases."""
+    middle = cases[len(cases) // 2 : len(cases) // 2 + 1]
+    return [cases[0], cases[70]] if kind == "signals" else middle
+
+
+OTHERS: dict[str, Callable[[Bench], Iterator[tuple[str, str]]]] = {
+    "sample": sample_verdicts,
+    "ranks": rank_verdicts,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kinds", default=",".join([*KINDS, "sample"]), help="of these")
-    parser.add_argument("--smallest", action="store_true", help="two cases of each kind")
+    parser.add_argument("--kinds", default=",".join([*KINDS, *OTHERS]), help="of these")
+    parser.add_argument("--smallest", action="store_true", help="one case of most kinds")
     flags = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))
     os.chdir(folder)
     bench, tried, wrong = Bench(folder), Counter[str](), []
     for kind in flags.kinds.split(","):
         began, count = time.time(), 0
-        if kind == "sample":
-            verdicts = list(sample_verdicts(folder)) if not flags.smallest else []
+        if kind in OTHERS:
+            verdicts = [] if flags.smallest else list(OTHERS[kind](bench))
         else:
             cases = list(KINDS[kind](bench))
-            cases = smallest(cases) if flags.smallest else cases
+            cases = smallest(kind, cases) if flags.smallest else cases
             verdicts = []
             for case in cases:
                 count += 1

@@ -151,6 +151,9 @@ def remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
         return
-    doomed = path.with_name(path.name + ".incomplete")
-    shutil.rmtree(doomed, ignore_errors=True)
-    shutil.rmtree(path.rename(doomed))
+    doomed = path
+    if path.suffix != ".incomplete":
+        doomed = path.with_name(path.name + ".incomplete")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+    shutil.rmtree(doomed)

@@ -46,10 +46,10 @@ from torch.distributed.checkpoint.hf_storage import (
 
 from formats.checkpoint import content_files
 from formats.errors import CheckpointError
-from formats.files import digests, read_json, reading, stat_of, sync
+from formats.files import digests, read_json, reading, remove, stat_of, sync
 from model import Llama
 from runtime.inputs import Inputs
-from runtime.processes import agree, gather, is_rank_0, on_every_rank, on_rank_0, slice_of
+from runtime.processes import agree, gather, is_rank_0, on_every_rank, on_rank_0, print0, slice_of
 from runtime.settings import Settings
 
 FILE_BYTES = 2**30  # of one file of a checkpoint: DCP holds a whole file in memory
@@ -196,8 +196,7 @@ def save_checkpoint(out: Path, tensors: dict[str, Tensor], state: dict, keep: in
         numbers[name] = 1 + size // FILE_BYTES
 
     def begin() -> None:
-        for stale in path.parent.glob("*.incomplete"):
-            shutil.rmtree(stale)
+        _delete(list(path.parent.glob("*.incomplete")))
         temporary.mkdir(parents=True)
 
     def finish(files: dict[str, dict]) -> None:
@@ -217,8 +216,7 @@ def save_checkpoint(out: Path, tensors: dict[str, Tensor], state: dict, keep: in
             sync(file)
         temporary.rename(path)
         sync(path.parent)
-        for old in checkpoints(out)[:-keep]:
-            shutil.rmtree(old.rename(old.with_name(old.name + ".incomplete")))
+        _delete(checkpoints(out)[:-keep])
 
     try:
         on_rank_0(begin)
@@ -235,6 +233,15 @@ def save_checkpoint(out: Path, tensors: dict[str, Tensor], state: dict, keep: in
         kept = f"{older[-1]} is complete" if older else "there is no older one"
         raise OSError(f"{path}: cannot be saved: {cause}; {kept}") from None
     return path
+
+
+def _delete(paths: list[Path]) -> None:
+    """Delete checkpoints that nobody needs; warn of one that cannot be deleted, and go on."""
+    for path in paths:
+        try:
+            remove(path)
+        except OSError as e:
+            print0(f"warning: {path}: cannot be deleted: {e}")
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -155,7 +155,7 @@ class Run:
 
     def log_step(self, step: int, batch: list[Pair], metrics: Metrics) -> None:
         """Log a step's metrics, with speed and memory, every `--log-every` steps and at the end."""
-        seconds = time.perf_counter() - self.step_started
+        seconds = max(time.perf_counter() - self.step_started, 1e-9)  # a clock may stand still
         row = {
             "step": step + 1,
             "epoch": float(self.pairs_seen[step]) / len(self.inputs.pairs),
@@ -520,8 +520,10 @@ def report_errors(program: str) -> Iterator[None]:
     cannot be asked. Ctrl-C exits with status 130, and rank 0 says what is saved, which `Run` noted
     on the exception.
 
-    A program that listens to signals leaves without the interpreter's and torch's own way out:
-    threads of theirs sometimes abort there, and a signal would end it with another status.
+    A program that listens to signals leaves without Python's own way out. Gloo's threads outlive
+    `destroy_process_group`; if one frees a tensor while Python shuts down, it asks for the GIL, is
+    ended by Python inside a destructor, and aborts the process ("terminate called without an active
+    exception", a run of many). A signal there would also end it with another status.
     """
     status: int | str | None = 0
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import ROOT, few_pairs, run
+from test_train import ROOT, fails, few_pairs, run
 
 import train
 from formats.candidates import AnswerFile
@@ -66,6 +66,54 @@ def test_the_launcher_is_named_by_its_process(monkeypatch):
     for parent in (1, os.getpid()):
         monkeypatch.setattr(signals, "PARENT", parent)
         assert signals._name_launcher() != signals.LAUNCHER
+
+
+# A torchrun that dies while its worker starts: the worker, told nothing, must leave by itself.
+LAUNCHER = """
+import os, subprocess, sys
+worker = "import sys; open(sys.argv[1], 'w').close(); import time; from runtime import signals; "
+worker += "signals.listen('train.py'); print(signals.LAUNCHER, flush=True); time.sleep(30)"
+environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+sign, late = sys.argv[1], sys.argv[2]
+if late:
+    worker = worker.replace("import time;", "import time; time.sleep(0.5);")
+subprocess.Popen([sys.executable, "-c", worker, sign], env=environment, start_new_session=True)
+while not os.path.exists(sign):
+    pass
+if not late:
+    import time; time.sleep(0.7)
+"""
+
+
+@pytest.mark.parametrize("late", ["", "before it listens"])
+def test_a_worker_leaves_when_its_torchrun_dies(tmp_path, late):
+    """Also if that happens before the worker could ask who its parent is."""
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "sign"), late]
+    # The worker holds stdout, so this returns when it has left, long before its 30 seconds.
+    environment = os.environ | {"TRAIN_STOPPED": str(tmp_path / "stopped")}
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 15}
+    said = subprocess.run(command, env=environment, **options)
+    assert "stopped by a signal" in said.stderr and (tmp_path / "stopped").exists()
+
+
+@pytest.mark.parametrize("differs", ["starttime", "namespace", "boot", "nothing"])
+def test_containers_with_one_host_name_have_launchers_of_their_own(monkeypatch, differs):
+    """Each torchrun is process 1 of host "node", without an id; a restart keeps the name."""
+    monkeypatch.setattr(signals, "PARENT", 1)
+    monkeypatch.setattr(signals.platform, "node", lambda: "node")
+    names = []
+    for other in (False, True):
+        ticks = 77 if other and differs == "starttime" else 76
+        files = {
+            "/proc/1/stat": "1 (a name) of) S " + " ".join(map(str, [*range(18), ticks, 0])),
+            "/proc/sys/kernel/random/boot_id": "b" if other and differs == "boot" else "a",
+        }
+        link = "pid:[2]" if other and differs == "namespace" else "pid:[1]"
+        monkeypatch.setattr(signals.os, "readlink", lambda path, link=link: link)
+        opened = lambda path, files=files: io.StringIO(files[path])  # noqa: E731
+        monkeypatch.setattr(signals, "open", opened, raising=False)
+        names.append(signals._name_launcher())
+    assert (names[0] == names[1]) == (differs == "nothing")
 
 
 @pytest.mark.parametrize(
@@ -182,3 +230,57 @@ def test_numbers_and_paths_beyond_a_machine(capsys, flag, words):
         read_command([flag], "")
     assert exit.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["out", "resume", "data", "model"])
+def test_links_in_a_circle_are_one_line(monkeypatch, capsys, tmp_path, flag):
+    """Python raises RuntimeError or OSError for them, depending on its version."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    (tmp_path / "run").mkdir()
+    flags = few_pairs(tmp_path) | SHORT | {"resume": "auto", flag: loop}
+    fails(monkeypatch, capsys, flags.pop("out", tmp_path / "run"), 1, **flags)
+
+
+@pytest.mark.parametrize("fault", ["a link", "no rights"])
+def test_a_checkpoint_that_cannot_be_pruned_is_a_warning(monkeypatch, capsys, tmp_path, fault):
+    """A link is removed alone; what cannot be deleted stays, and the run ends well."""
+    out, flags = tmp_path / "run", few_pairs(tmp_path) | SHORT | {"keep": 1}
+    real, elsewhere = resume.checkpoints, tmp_path / "elsewhere"
+
+    def link_the_first(folder):
+        found = real(folder)
+        if len(found) > 1 and not elsewhere.exists():
+            found[0].rename(elsewhere)
+            found[0].symlink_to(elsewhere)
+        return real(folder)
+
+    def refuse(path):
+        raise PermissionError(f"{path}: not yours")
+
+    if fault == "a link":
+        monkeypatch.setattr(resume, "checkpoints", link_the_first)
+    else:
+        monkeypatch.setattr(resume, "remove", refuse)
+    run(monkeypatch, out, **flags)
+    said = capsys.readouterr().out
+    assert (out / "model").exists()
+    if fault == "a link":
+        assert [path.name for path in real(out)] == ["step-000002"]
+        assert (elsewhere / "state.json").exists()
+    else:
+        assert "warning:" in said and "step-000001: cannot be deleted" in said
+
+
+def test_a_clock_that_stands_still_costs_no_run(monkeypatch, tmp_path):
+    """A step of no length has a speed all the same."""
+    monkeypatch.setattr("time.perf_counter", lambda: 0.0)
+    rows = run(monkeypatch, tmp_path / "run", **few_pairs(tmp_path) | SHORT)
+    assert all(row["pairs_per_second"] > 0 for row in rows if "loss" in row)
+
+
+def test_the_smallest_campaign():
+    """One case of most kinds of bench/campaign.py, each a real command that ends by itself."""
+    command = [sys.executable, ROOT / "bench" / "campaign.py", "--smallest"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
