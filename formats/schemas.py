@@ -24,7 +24,8 @@ from formats.errors import DataError
 
 HUMAN_MARK = "\n\nHuman:"  # opens the user's turn in HH-RLHF's transcripts
 ASSISTANT_MARK = "\n\nAssistant:"  # and the assistant's
-TURN = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*:")  # opens any turn, in any white space
+EXACT_TURN = re.compile(r"\n\n(Human|Assistant):")  # opens any turn in HH-RLHF's transcripts
+TURN = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*:")  # the same in any white space
 FEW = 8  # words of a label; a longer text says something
 
 # fmt: off
@@ -276,7 +277,7 @@ class Record:
             exact = value.startswith(HUMAN_MARK)
             if "Human" not in value[:40] or (exact and value.endswith(ASSISTANT_MARK)):
                 return value
-            messages = _turns(value) or (_turns(value + ASSISTANT_MARK) if exact else None)
+            messages = turns_of(value) or (turns_of(value + ASSISTANT_MARK) if exact else None)
             if not messages:
                 return value
         else:
@@ -313,7 +314,7 @@ class Record:
             return prompt
         if not isinstance(prompt, list):
             if prompt.endswith(ASSISTANT_MARK):
-                prompt = _turns(prompt) or prompt
+                prompt = turns_of(prompt) or prompt
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
         if history is not None:
@@ -479,13 +480,15 @@ def _repeats(value: Any, example: Example) -> bool:
     )
 
 
-def _turns(transcript: str) -> Messages | None:
+def turns_of(transcript: str, mark: re.Pattern = TURN) -> Messages | None:
     """Return the messages of a transcript that the assistant has yet to answer; None if it is none.
 
-    >>> _turns("Human: Hi\\nAssistant:")
+    mark: what opens a turn.
+
+    >>> turns_of("Human: Hi\\nAssistant:")
     [{'role': 'user', 'content': 'Hi'}]
     """
-    before, *rest = TURN.split(transcript)
+    before, *rest = mark.split(transcript)
     if before.strip() or rest[:1] != ["Human"] or rest[-2] != "Assistant" or rest[-1].strip():
         return None
     turns = zip(rest[:-2:2], rest[1:-2:2])
@@ -574,7 +577,7 @@ def _from_transcripts(r: Record, chosen: str, rejected: str) -> Example:
         cut = shared.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK)
     else:
         cut = max((m.end() for m in TURN.finditer(shared) if m[1] == "Assistant"), default=0)
-    turns = _turns(shared[:cut])
+    turns = turns_of(shared[:cut])
     if not turns:
         missing = f"no 'prompt' field, and no common text from 'Human:' up to {ASSISTANT_MARK!r}"
         raise _Unknown(f"chosen and rejected share no prompt: {missing}")

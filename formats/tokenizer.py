@@ -16,7 +16,6 @@ Read data.py next: `encode` cuts the ids of an `Example` to length and makes a `
 
 import itertools
 import json
-import re
 from array import array
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from data import Example, Messages
 from formats import fidelity, sandbox, special_tokens
 from formats.errors import DataError
 from formats.files import dump_json, read_json, reading, regular
-from formats.schemas import ASSISTANT_MARK
+from formats.schemas import ASSISTANT_MARK, EXACT_TURN, HUMAN_MARK, turns_of
 
 
 def read_template(name: str | None) -> str | None:
@@ -48,14 +47,9 @@ def read_template(name: str | None) -> str | None:
 
 def as_messages(prompt: str) -> Messages:
     """Turn a prompt string into messages: an HH-RLHF transcript into turns, any other into one."""
-    if not prompt.startswith("\n\nHuman:") or not prompt.endswith(ASSISTANT_MARK):
-        return [{"role": "user", "content": prompt}]
-    turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix(ASSISTANT_MARK))[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[speaker], "content": text.strip()}
-        for speaker, text in zip(turns[::2], turns[1::2])
-    ]
+    is_transcript = prompt.startswith(HUMAN_MARK) and prompt.endswith(ASSISTANT_MARK)
+    turns = turns_of(prompt, EXACT_TURN) if is_transcript else None
+    return turns or [{"role": "user", "content": prompt}]
 
 
 class Backend:
