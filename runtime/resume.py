@@ -254,6 +254,13 @@ def _cause(error: BaseException) -> BaseException:
     return cause
 
 
+def checkpoint_to_resume(settings: Settings, out: Path | None) -> Path | None:
+    """Return the checkpoint that `--resume` names: with auto, the newest of an unfinished run."""
+    unfinished = checkpoints(out) if out and not (out / "model").exists() else []
+    newest = unfinished[-1] if unfinished else None
+    return {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
+
+
 def find_checkpoint(settings: Settings, out: Path, inputs: Inputs) -> tuple[Path | None, dict, str]:
     """Return (checkpoint, state, metrics) to resume from; (None, a new state, "") for a new run.
 
@@ -263,12 +270,7 @@ def find_checkpoint(settings: Settings, out: Path, inputs: Inputs) -> tuple[Path
         CheckpointError: it is damaged, or of another run; the message names what differs. Or the
             model's files have changed since they were read.
     """
-
-    def choose() -> Path | None:
-        newest = None if (out / "model").exists() else next(reversed(checkpoints(out)), None)
-        return {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
-
-    path = on_rank_0(choose)
+    path = on_rank_0(lambda: checkpoint_to_resume(settings, out))
     state = read_whole(path) if path else on_rank_0(lambda: {"step": 0, "run": uuid.uuid4().hex})
 
     def digest_source() -> dict[str, dict]:

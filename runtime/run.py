@@ -391,10 +391,7 @@ def continued_run(settings: Settings, launcher: str, restarted: bool) -> tuple[P
 
 def day_of_run(settings: Settings) -> str:
     """Return the day on which the run to resume began, YYYY-MM-DD; for a new run, today."""
-    out = Path(settings.out) if settings.out else None
-    unfinished = out and not (out / "model").exists()
-    newest = next(reversed(resume.checkpoints(out)), None) if out and unfinished else None
-    path = {"auto": newest, "never": None}.get(settings.resume, Path(settings.resume))
+    path = resume.checkpoint_to_resume(settings, Path(settings.out) if settings.out else None)
     day = None
     with contextlib.suppress(CheckpointError):  # `resume.find_checkpoint` will report it
         day = resume.read_state(path)["identity"]["date"] if path else None
