@@ -193,9 +193,8 @@ class AnswerFile:
     generation: dict
     benchmark: Benchmark | None = None
     records: list[dict] = field(default_factory=list)  # of the first questions, finished so far
-    file: IO[bytes] = field(
-        init=False
-    )  # OUT.incomplete, locked from `resume` until this object ends
+    # OUT.incomplete, locked from `resume` until this object ends
+    file: IO[bytes] = field(init=False)
 
     @property
     def work(self) -> Path:

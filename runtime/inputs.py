@@ -24,9 +24,17 @@ from formats.files import stat_of
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, flash_runs, flash_takes
-from runtime.processes import agree, multiplies_bf16, on_every_rank, print0, progress, slice_of
+from runtime.processes import (
+    agree,
+    is_rank_0,
+    multiplies_bf16,
+    on_every_rank,
+    print0,
+    progress,
+    slice_of,
+)
 from runtime.settings import Settings
-from runtime.show import show_records
+from runtime.show import UNLIMITED, show_records
 
 MOST_STEPS = 10**7  # of a run, all of which are planned before the first
 
@@ -135,7 +143,8 @@ def load_pairs(
     if not pairs:
         raise DataError(f"{name}: nothing to learn from: {summary or 'it is empty'}{first_dropped}")
     print0(printable(f"{name}: {summary}{first_dropped}"))
-    warn_of_large_shares(name, examples, counts, tokenizer, settings)
+    if is_rank_0():  # it tokenizes a sample, and no other rank would print what it finds
+        warn_of_large_shares(name, examples, counts, tokenizer, settings)
     return pairs, dict(counts) | {"used": len(pairs)}
 
 
@@ -218,7 +227,7 @@ def warn_of_large_shares(
     if max(answers_cut, prompts_cut) < LARGE:
         return
     sample = examples[:: math.ceil(len(examples) / LOOK_AT)]
-    encode, unlimited = encoder(settings.like_authors), (2**40, 2**40 - 1)
+    encode, unlimited = encoder(settings.like_authors), (UNLIMITED, UNLIMITED - 1)
     whole = encode_usable(encode, tokenizer, unlimited, sample, Counter(), [])
     if not whole:
         return
