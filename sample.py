@@ -33,13 +33,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Messages
 from formats import candidates
 from formats.candidates import Answer, AnswerFile, Question, Samples, in_groups, read_questions
 from formats.checkpoint import checkpoint_folder, load, read_config
 from formats.errors import DataError, InputError, printable
+from formats.progress import Progress, write
 from formats.tokenizer import Tokenizer, read_template
 from model import Attend, Config, Llama, PackedAttention
 from runtime.processes import out_of_memory
@@ -235,8 +235,10 @@ def generate(
 ) -> list[list[int]]:
     """Return the new tokens of every prompt, with the stop token; options as in `decode`."""
     generated: list[list[int]] = [[] for _ in prompts]
-    for index, token, _ in decode(model, prompts, stop_ids, max_new_tokens, **options):
-        generated[index].append(token)
+    with Progress("answering", total=len(prompts)) as bar:
+        for index, token, last in decode(model, prompts, stop_ids, max_new_tokens, **options):
+            generated[index].append(token)
+            bar.update(last)
     return generated
 
 
@@ -266,7 +268,7 @@ def respond(
     questions: list[Question],
     first: int,
     n: int,
-    bar: tqdm,
+    bar: Progress,
     **options,
 ) -> list[Samples]:
     """Hold `n` conversations about every question; return [question][sample][turn] → the answer.
@@ -379,18 +381,16 @@ def sample(flags: Flags) -> None:
         return out.finish(candidates.model_name(flags.model, flags.generator), tokenizer)
     for question, samples in answered:
         for (response,) in samples:
-            print(printable(f"{question.text}\n  {response.text}\n"))
+            write(printable(f"{question.text}\n  {response.text}\n"))
 
 
 def answer(
     model: Llama, tokenizer: Tokenizer, questions: list[Question], done: int, flags: Flags
 ) -> Iterator[tuple[Question, Samples]]:
-    """Answer the questions from index `done` on with a progress bar; yield (question, samples)."""
+    """Answer the questions from index `done` on; yield (question, samples)."""
     n = flags.num_samples
     turns = [n * question.turns for question in questions]
-    options = {"total": sum(turns), "initial": sum(turns[:done]), "unit": "response"}
-    hide = None if flags.out else True  # None: show on a terminal only
-    with tqdm(desc="sampling", disable=hide, **options) as bar:
+    with Progress("sampling", total=sum(turns), first=sum(turns[:done])) as bar:
         ask = partial(respond, model, tokenizer, n=n, bar=bar, **flags.decoding)
         yield from in_groups(questions, ask, max(1, 8 * flags.batch_size // n), done)
 

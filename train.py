@@ -36,6 +36,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from data import Pair, micro_batches, pack
 from formats.checkpoint import compute_device, load
 from formats.errors import printable
+from formats.progress import Progress
 from methods.objectives import OBJECTIVES, pair_losses
 from model import Llama, to_device, train_flops
 from runtime.inputs import Inputs, dry_run, open_inputs
@@ -76,7 +77,7 @@ def forward_backward(
     cost = partial(train_flops, model.config)
     rounds = micro_batches(batch, world, settings.microbatch_tokens, cost)
     sums: dict[str, Tensor] = {}
-    for i, shares in enumerate(rounds):
+    for i, shares in enumerate(Progress("micro-batches", rounds)):
         sync_gradients(model, settings, last=i + 1 == len(rounds))
         # Under FSDP every rank must join every forward pass: without pairs it runs a masked one.
         mine, mask = shares[rank] or [shortest], float(bool(shares[rank]))

@@ -27,6 +27,7 @@ from formats.config import read_config
 from formats.errors import CheckpointError
 from formats.files import dump_json, parse_json, read_json, reading, sync
 from formats.hub import local_path
+from formats.progress import Progress
 from model import Config, Llama, rotary_table
 
 # the files beside the weights that a checkpoint needs so that others can load it; never code
@@ -263,7 +264,8 @@ class Weights:
             return False
         with safe_open(path, framework="pt") as a, safe_open(other_path, framework="pt") as b:
             slices = a.get_slice(first), b.get_slice(second)
-            rows = (slice(start, start + 4096) for start in range(0, shape[0], 4096))
+            starts = Progress(f"comparing {first}", range(0, shape[0], 4096), shape[0], each=4096)
+            rows = (slice(start, start + 4096) for start in starts)
             return all(torch.equal(*(x[r].float() for x in slices)) for r in rows)
 
     def _check_frequencies(self, name: str, config: Config) -> None:
@@ -289,14 +291,15 @@ class Weights:
         of this process until the file is unmapped.
         """
         parameters = dict(model.named_parameters())
-        for path in dict.fromkeys(path for path, _ in self.files.values()):
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys() & parameters.keys():
-                    parameter = parameters[name]
-                    start, stop = local_rows(parameter)
-                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                    with torch.no_grad():
+        with torch.no_grad(), Progress(f"reading {self.folder}", total=len(parameters)) as bar:
+            for path in dict.fromkeys(path for path, _ in self.files.values()):
+                with safe_open(path, framework="pt") as handle:
+                    for name in handle.keys() & parameters.keys():
+                        whole = parameters[name]
+                        local = whole.to_local() if isinstance(whole, DTensor) else whole
+                        start, stop = local_rows(whole)
                         local.copy_(handle.get_slice(name)[start:stop])
+                        bar.update()
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from formats.errors import InputError
+from formats.progress import Progress
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def digests(files: Iterable[Path], known: dict[str, dict] | None = None) -> dict
         OSError: a file cannot be read.
     """
     found = {}
-    for path in files:
+    for path in Progress("computing SHA-256 of files", files):
         stat = stat_of(path)
         entry = (known or {}).get(path.name, {})
         if entry.get("stat") != stat:

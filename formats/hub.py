@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import DataError
+from formats.progress import Progress
 from formats.sandbox import set_limit
 
 # The data files that records.py reads. A name that ends like one is a misspelled path, not an id.
@@ -71,7 +72,8 @@ def from_hub(name: str, kind: str, choose: Callable[[list[str]], list[str]]) -> 
     # -P keeps the working folder off the child's sys.path
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", "import formats.hub as hub; hub.serve()", name, kind],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=os.environ
+        | {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -103,13 +105,33 @@ def serve() -> None:
     name, kind = sys.argv[1:]
     _limit(LIST)
     sys.dont_write_bytecode = True  # it would be written outside of the cache
+    with Progress(f"downloading {name}, MB") as progress:
+        answer = _download(name, kind, progress)
+    print(json.dumps(answer), flush=True)
+    os._exit(0)  # without waiting for threads that still download
+
+
+def _download(name: str, kind: str, progress: Progress) -> dict[str, str]:
+    """Return the last answer of `serve`, after the others."""
     import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, utils
+
+    class Bar(utils.tqdm):
+        """Takes the bytes that huggingface_hub counts; its own bars are switched off."""
+
+        def __init__(self, *args: Any, **options: Any):
+            self.bytes = options.get("unit") == "B"
+            super().__init__(*args, **options)
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self.bytes and self.n > progress.done * 10**6:
+                progress.done, progress.total = self.n // 10**6, (self.total or self.n) // 10**6
 
     _stay_in([constants.HF_HOME, constants.HF_HUB_CACHE])
     repository, _, revision = name.partition("@")
     repo: dict[str, Any] = {"repo_type": kind, "revision": revision or None}
-    snapshot = partial(huggingface_hub.snapshot_download, repository, **repo)
+    snapshot = partial(huggingface_hub.snapshot_download, repository, **repo, tqdm_class=Bar)
     answer, unknown = {}, UNREACHABLE
     try:
         try:
@@ -129,8 +151,7 @@ def serve() -> None:
                 answer = {"path": snapshot(allow_patterns=[glob.escape(file) for file in files])}
     except Exception as e:
         answer = {"error": str(_hub_error(e, name, kind, unknown))}
-    print(json.dumps(answer), flush=True)
-    os._exit(0)  # without waiting for threads that still download
+    return answer
 
 
 def _limit(limits: tuple[int, int, int]) -> None:

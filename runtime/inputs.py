@@ -21,18 +21,11 @@ from formats.authors import Encoder, encoder
 from formats.checkpoint import Weights, checkpoint_folder, content_files, read_config
 from formats.errors import DataError, printable
 from formats.files import stat_of
+from formats.progress import Progress
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, flash_runs, flash_takes
-from runtime.processes import (
-    agree,
-    is_rank_0,
-    multiplies_bf16,
-    on_every_rank,
-    print0,
-    progress,
-    slice_of,
-)
+from runtime.processes import agree, is_rank_0, multiplies_bf16, on_every_rank, print0, slice_of
 from runtime.settings import Settings
 from runtime.show import UNLIMITED, show_records
 
@@ -121,7 +114,8 @@ def load_pairs(
     def encode_slice() -> tuple[list[Pair], Counter, list[str]]:
         mine, cut, skipped = slice_of(examples), Counter[str](), list[str]()
         pairs: list[Pair] = []
-        for i in progress(range(0, len(mine), 256), f"tokenizing {name}"):
+        starts, options = range(0, len(mine), 256), {"total": len(mine), "each": 256}
+        for i in Progress(f"tokenizing {name}", starts, **options):
             pairs += encode(mine[i : i + 256], cut, skipped if settings.skip_unusable else None)
         return pairs, cut, skipped
 
@@ -188,7 +182,7 @@ def read_examples(name: str, settings: Settings) -> tuple[list[Example], Counter
     examples, first_dropped, refused = [], "", []
     paired = OBJECTIVES[settings.objective].responses == 2
     columns = settings.named_columns
-    for where, record in records.read_records(name):
+    for where, record in Progress(f"reading {name}", records.read_records(name)):
         counts["records"] += 1
         try:
             kind, example = schemas.parse_record(record, where, paired, columns)
@@ -321,7 +315,8 @@ def _note_of_data(name: str, tokenizer: Tokenizer | None, settings: Settings) ->
     if tokenizer:
         count, what = len(load_pairs(path, tokenizer, settings)[0]), "used"
     else:
-        count, what = sum(1 for _ in records.read_records(path)), "records"
+        found = Progress(f"reading {path}", records.read_records(path))
+        count, what = sum(1 for _ in found), "records"
     note = f"{count:,} {what}"
     if name == "data":
         note += f", {sum(1 for _ in all_steps(count, settings)):,} steps"

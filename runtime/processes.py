@@ -7,7 +7,6 @@ file that talks to other ranks must be called on all of them.
 import contextlib
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from tqdm import tqdm
 
+from formats import progress
 from formats.errors import DataError
+from formats.progress import Progress
 from runtime import signals
 from runtime.settings import Settings
 
@@ -71,7 +71,8 @@ def start_ranks(settings: Settings) -> torch.device:
     if kind == "cuda":  # with --offload, gradients are on the host when their norm is computed
         backends = "cpu:gloo,cuda:nccl" if settings.offload else "nccl"
     options = {"timeout": TIMEOUT, "device_id": device if kind == "cuda" else None}
-    dist.init_process_group(backends, store=store, rank=rank, world_size=world, **options)
+    with Progress(f"waiting for {world} ranks"):
+        dist.init_process_group(backends, store=store, rank=rank, world_size=world, **options)
     ours = signals.LAUNCHER, os.getpid()
     signals.peers[:] = [process for launcher, process in gather(ours) if launcher == ours[0]]
     return device
@@ -190,16 +191,9 @@ class Unfailing:
 
 
 def print0(*words: object) -> None:
-    """Print on rank 0, above a progress bar if there is one."""
+    """Print on rank 0, above the line that shows progress if there is one."""
     if is_rank_0():
-        tqdm.write(" ".join(map(str, words)))
-        sys.stdout.flush()
-
-
-def progress(items: Any, what: str, **options: Any) -> tqdm:
-    """Wrap `items` in a progress bar, shown on rank 0 if stderr is a terminal."""
-    disable = None if is_rank_0() else True
-    return tqdm(items, what, disable=disable, leave=False, dynamic_ncols=True, **options)
+        progress.write(" ".join(map(str, words)))
 
 
 # --------------------------------------------------------------------------------------------------

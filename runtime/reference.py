@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data import Pair, micro_batches
+from formats.progress import Progress
 from methods.objectives import OBJECTIVES
 from model import to_device, train_flops
 from runtime.inputs import Inputs
-from runtime.processes import progress
 from runtime.settings import Settings
 
 # Maps pairs to summed log-probabilities in nats, [pairs, (chosen, rejected)].
@@ -77,7 +77,7 @@ def fill_table(table: Tensor, score: Reference, inputs: Inputs, settings: Settin
     scored = torch.zeros(len(table), device=table.device)
     cost = partial(train_flops, inputs.config)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for step in progress(steps, "reference"):
+    for step in Progress("scoring with the reference", steps):
         for shares in micro_batches(step, world, settings.microbatch_tokens, cost):
             # Every rank must join every forward pass: one without pairs runs any pair.
             logps = score(shares[rank] or step[:1])

@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from formats.checkpoint import content_files
 from formats.errors import CheckpointError
 from formats.files import digests, read_json, reading, remove, stat_of, sync
+from formats.progress import Progress
 from model import Llama
 from runtime.inputs import Inputs
 from runtime.processes import agree, gather, is_rank_0, on_every_rank, on_rank_0, print0, slice_of
@@ -222,9 +223,10 @@ def save_checkpoint(out: Path, tensors: dict[str, Tensor], state: dict, keep: in
         on_rank_0(begin)
         writer = HuggingFaceStorageWriter(str(temporary), numbers, save_distributed=True)
         writer.fs = _DigestedFiles()
-        dcp.save(tensors, storage_writer=writer)
-        files = {name: entry for part in gather(writer.fs.files) for name, entry in part.items()}
-        on_rank_0(lambda: finish(files))
+        with Progress(f"saving {path}"):
+            dcp.save(tensors, storage_writer=writer)
+            parts = gather(writer.fs.files)
+            on_rank_0(lambda: finish({name: e for part in parts for name, e in part.items()}))
     except (CheckpointException, OSError) as e:
         cause = _cause(e)
         if is_rank_0():
@@ -331,7 +333,7 @@ def _read_whole(path: Path) -> dict:
     files: dict[str, dict] = state["files"]
 
     def check_digests() -> None:
-        for name in slice_of(sorted(files)):
+        for name in Progress(f"checking {path}", slice_of(sorted(files))):
             with reading(path / name, CheckpointError):
                 found = digests([path / name])[name]["sha256"]
             if found != files[name]["sha256"]:
@@ -393,7 +395,8 @@ def load_checkpoint(
     agree(lambda: check_tensors(path, tensors))
     logging.disable(logging.WARNING)  # DCP would log a traceback of what we report in one line
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        with Progress(f"loading {path}"):
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
     except CheckpointException as e:
         raise CheckpointError(f"{path}: cannot be read: {_cause(e)}") from None
     finally:

@@ -36,6 +36,7 @@ from data import Pair
 from formats import checkpoint, sandbox
 from formats.errors import CheckpointError, DataError, InputError
 from formats.files import dump_json, read_json, remove
+from formats.progress import Progress, on_terminal
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, train_flops
 from runtime import resume, signals
@@ -51,7 +52,6 @@ from runtime.processes import (
     on_rank_0,
     out_of_memory,
     print0,
-    progress,
 )
 from runtime.settings import Settings
 
@@ -143,12 +143,11 @@ class Run:
         self.before = self.state["before"] if self.resumed else self.evaluate(0)
 
     def steps(self) -> Iterator[int]:
-        """Yield the remaining steps (0-based) under a progress bar. From here on, SIGTERM saves."""
+        """Yield the remaining steps (0-based) and show progress. From here on, SIGTERM saves."""
         self.stopped = self.files.enter_context(signals.stop_requested())
         self.pairs_seen = np.cumsum([len(step) for step in self.inputs.steps])
         first, count = self.state["step"], len(self.inputs.steps)
-        what = self.settings.objective
-        self.bar = progress(range(first, count), what, initial=first, total=count)
+        self.bar = Progress(self.settings.objective, range(first, count), first=first)
         for step in self.bar:
             self.step_started = time.perf_counter()
             yield step
@@ -167,9 +166,8 @@ class Run:
         due = (step + 1) % self.settings.log_every == 0 or step + 1 == count
         if due:
             self._log(row)
-        if not self.bar.disable:
-            self.bar.set_postfix_str(describe(row))
-        elif due:
+        self.bar.note = describe(row)
+        if due and not (on_terminal() and sys.stdout.isatty()):
             few = f" ({len(batch)} pairs)" if len(batch) < self.settings.batch_size else ""
             rates = f"lr {row['learning_rate']:.2e}  {row['pairs_per_second']:.2f} pairs/s"
             print0(f"step {step + 1}/{count}{few}  {describe(row)}  {rates}")
@@ -189,7 +187,8 @@ class Run:
         if not self.inputs.held_out:
             return {}
         print0(f"evaluating on {len(self.inputs.held_out)} held-out pairs …")
-        metrics = self._score_held_out()
+        with Progress(f"after {step} steps"):
+            metrics = self._score_held_out()
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"held out, after {step} steps: loss {metrics['loss']}")
         self._log({"step": step} | {f"eval_{name}": value for name, value in metrics.items()})
@@ -226,7 +225,8 @@ class Run:
         inputs, model = self.inputs, self.out / "model"
         source, dtypes = inputs.source, inputs.weights.dtypes
         replace = self.companions
-        checkpoint.save(self.policy, source, model, dtypes, is_rank_0(), replace=replace)
+        with Progress(f"saving {model}"):
+            checkpoint.save(self.policy, source, model, dtypes, is_rank_0(), replace=replace)
         if (replaced := self.out / "model.replaced").exists():
             warn_of_failure(lambda: remove(replaced))
         return {

@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import train
@@ -43,6 +42,7 @@ from formats import checkpoint
 from formats.authors import encoder
 from formats.errors import CheckpointError, DataError, InputError
 from formats.files import dump_json
+from formats.progress import Progress
 from formats.records import read_records
 from formats.schemas import Columns, Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
@@ -248,7 +248,7 @@ def score_pairs(
     logps = torch.empty(len(pairs), 2)
     lengths = torch.empty(len(pairs), 2, dtype=torch.int64)
     starts = range(0, len(pairs), 256)
-    for start in tqdm(starts, "scoring", unit_scale=256, disable=None, leave=False):
+    for start in Progress("scoring", starts, total=len(pairs), each=256):
         group = pairs[start : start + 256]
         for [share] in data.assign([pair.tokens for pair in group], 1, microbatch_tokens):
             indices = [start + i for i in share]

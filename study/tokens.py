@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 from data import Pair, pack
 from formats import checkpoint
 from formats.errors import CheckpointError, DataError, InputError
+from formats.progress import Progress
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Llama, to_device
@@ -44,7 +44,7 @@ def token_logps(model: Llama, pairs: list[Pair], microbatch_tokens: int = 8192) 
     found: TokenLogps = [[] for _ in pairs]
     device = checkpoint.compute_device(model)
     rounds = list(data.assign([pair.tokens for pair in pairs], 1, microbatch_tokens))
-    for [share] in tqdm(rounds, "scoring", disable=None, leave=False):
+    for [share] in Progress("scoring", rounds):
         packed: dict[str, Any] = pack([pairs[i] for i in share])
         for name in packed.keys() - {"cu_q", "cu_k"}:  # these stay on the CPU
             packed[name] = to_device(packed[name], device)
