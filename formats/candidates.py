@@ -29,6 +29,7 @@ from formats.benchmarks import Benchmark
 from formats.checkpoint import content_files
 from formats.errors import DataError
 from formats.files import digests, dump_json, parse_json, reading
+from formats.progress import Progress
 from formats.records import read_records
 from formats.schemas import check_prompt
 from formats.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def read_questions(
         DataError: a prompt cannot be used. The message names file, line and field.
     """
     records = [("--prompt", {"prompt": text}) for text in prompts]
-    records += read_prompts(Path(file)) if file else []
+    records += Progress(f"reading {file}", read_prompts(Path(file))) if file else []
     questions = []
     for where, record in records[:limit]:
         if benchmark:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, TextIO
 
 from formats.errors import printable
 
@@ -88,12 +88,12 @@ class Progress:
         return f"{_clock(passed)}, {_clock(left)} left" if left > 0 else _clock(passed)
 
 
-def write(text: str) -> None:
-    """Print a line on stdout, above the line that changes."""
+def write(text: str, file: TextIO | None = None) -> None:
+    """Print a line on stdout or to `file`, above the line that changes."""
     with _lock:
         drawn = _drawn
         _clear()
-        print(text, flush=True)
+        print(text, file=file, flush=True)
         if drawn:
             _show()
 
@@ -125,7 +125,8 @@ def _watch() -> None:
 def _show() -> None:
     global _drawn
     now, outer = time.monotonic(), _open[0]
-    inner, notes = map(str, _open[1:]), [p.note for p in _open if p.note]
+    inner = [str(p) for p in _open[1:] if now >= p.started + DELAY]
+    notes = [p.note for p in _open if p.note]
     text = "; ".join([f"{outer}, {outer.times()}", *inner, *notes])
     if on_terminal():
         if now >= outer.started + DELAY:

@@ -23,6 +23,7 @@ from data import Example, Messages
 from formats import fidelity, sandbox, special_tokens
 from formats.errors import DataError
 from formats.files import dump_json, read_json, reading, regular
+from formats.progress import Progress
 from formats.schemas import ASSISTANT_MARK, EXACT_TURN, HUMAN_MARK, turns_of
 
 
@@ -77,7 +78,8 @@ class Backend:
 
     def _ask(self, call: str, items: list) -> list[bytes]:
         try:
-            return sandbox.TOKENIZERS.ask(self._program, call, items)
+            with Progress(f"tokenizer: {call}"):
+                return sandbox.TOKENIZERS.ask(self._program, call, items)
         except sandbox.SandboxFailure as e:
             raise DataError(f"{self.path}: not a tokenizer: {e}") from None
 
@@ -261,7 +263,8 @@ class Tokenizer:
         """
         assert self.template, "there is no chat template"
         try:
-            return sandbox.render(self.template, self.special, conversations, self.date)
+            with Progress("chat template: render"):
+                return sandbox.render(self.template, self.special, conversations, self.date)
         except sandbox.SandboxFailure as e:
             if e.number is None:
                 problem = f"the chat template does not compile: {e}"

@@ -223,7 +223,8 @@ def read_pairs(
         DataError: a record is malformed, or no pair remains.
     """
     examples, counts = [], Counter[str]()
-    for where, record in itertools.islice(read_records(name), limit):
+    records = itertools.islice(read_records(name), limit)
+    for where, record in Progress(f"reading {name}", records):
         try:
             examples.append(parse_record(record, where, columns=columns)[1])
         except Dropped as e:
@@ -359,19 +360,20 @@ def rewards(flags: argparse.Namespace) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
     text = dump_json(results, indent=2, ensure_ascii=False)
     (flags.out / "rewards.json").write_text(text + "\n", encoding="utf-8")
-    draw_distributions(
-        flags.out / "distributions.png",
-        {name: s.rewards[:, 0] - s.rewards[:, 1] for name, s in scores.items()},
-        {name: s.likelihoods[:, 0] for name, s in scores.items()},
-    )
-    draw_likelihood_and_length(
-        flags.out / "likelihood-length.png",
-        {name: s.likelihoods.ravel() for name, s in scores.items()},
-        {name: s.lengths.ravel() for name, s in scores.items()},
-        {name: result["spearman_likelihood_length"] for name, result in results.items()},
-    )
-    draw_contingency(flags.out / "contingency.png", results)
-    draw_accuracy_by_length(flags.out / "accuracy-length.png", results)
+    with Progress("drawing figures"):
+        draw_distributions(
+            flags.out / "distributions.png",
+            {name: s.rewards[:, 0] - s.rewards[:, 1] for name, s in scores.items()},
+            {name: s.likelihoods[:, 0] for name, s in scores.items()},
+        )
+        draw_likelihood_and_length(
+            flags.out / "likelihood-length.png",
+            {name: s.likelihoods.ravel() for name, s in scores.items()},
+            {name: s.lengths.ravel() for name, s in scores.items()},
+            {name: result["spearman_likelihood_length"] for name, result in results.items()},
+        )
+        draw_contingency(flags.out / "contingency.png", results)
+        draw_accuracy_by_length(flags.out / "accuracy-length.png", results)
     print(f"{next(iter(results.values()))['pairs']} pairs of {flags.data}\n")
     print(rewards_table(results))
     print(
@@ -389,11 +391,13 @@ def curves(flags: argparse.Namespace) -> None:
     runs = {}
     for name, run in zip(labels(flags.runs, recorded), flags.runs):
         file = Path(run) / "metrics.jsonl"
-        runs[name] = [row for _, row in read_records(str(file))]
+        records = Progress(f"reading {file}", read_records(str(file)))
+        runs[name] = [row for _, row in records]
         if not any("loss" in row and isinstance(row.get("step"), int) for row in runs[name]):
             raise DataError(f"{file}: holds no training step of train.py")
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_curves(flags.out, runs)
+    with Progress("drawing figures"):
+        draw_curves(flags.out, runs)
     print(curves_table(runs))
     print(f"\n{flags.out}")
 

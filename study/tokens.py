@@ -171,7 +171,8 @@ def explore(flags: argparse.Namespace) -> None:
     before = score(source, pairs, "reference")
     after = [score(folder, pairs, name) for name, (folder, _) in opened.items()]
     tokenizer = Tokenizer(source, read_template(settings.chat_template))
-    found = [pair_entry(pair, tokenizer, tables) for pair, *tables in zip(pairs, before, *after)]
+    tables = Progress("decoding", list(zip(pairs, before, *after)))
+    found = [pair_entry(pair, tokenizer, logps) for pair, *logps in tables]
     sizes = np.cumsum([len(as_json(entry).encode(errors="replace")) for entry in found])
     count = max(1, int((sizes < LARGEST).sum()))
     if count < len(found):

@@ -38,7 +38,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import sample
 import train
 import world
+from formats import progress
 from formats.checkpoint import read_config, save
+from formats.progress import Progress
 from model import Llama
 from runtime import processes
 from runtime.settings import Settings, read_settings
@@ -116,7 +118,7 @@ class Milestones(io.StringIO):
 
     def write(self, text: str) -> int:
         if what := milestone(text):
-            print(f"{self.prefix}{what}", file=self.stdout, flush=True)
+            progress.write(f"{self.prefix}{what}", self.stdout)
         return len(text)
 
 
@@ -232,7 +234,8 @@ def finetune(folder: Path, seed: int, texts: int, steps: int, prefix: str = "SFT
                 errors.seek(0)
                 raise OSError(f"fine-tuning failed: {errors.read().strip()}")
 
-    on_rank_0(tune)
+    with Progress("fine-tuning"):
+        on_rank_0(tune)
     return folder / "sft" / "model"
 
 

@@ -46,6 +46,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import make
 import world
 from formats.checkpoint import load
+from formats.progress import Progress
 from formats.tokenizer import Tokenizer
 from runtime.processes import print0
 from runtime.run import report_errors
@@ -993,7 +994,9 @@ def write(out: Path, record: dict) -> None:
     """Write everything that --out holds; all of it follows from `record`, which is results.json."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, ensure_ascii=False) + "\n")
-    (out / "RESULTS.md").write_text(report(record, draw_figures(out, record["seeds"])))
+    with Progress("drawing figures"):
+        drawn = draw_figures(out, record["seeds"])
+    (out / "RESULTS.md").write_text(report(record, drawn))
 
 
 def print_results(seeds: list[dict]) -> None:
