@@ -37,9 +37,21 @@ srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" \
     train.py --out "$out" --replicate "$SLURM_NNODES" --save-every 50 "$@"
 status=$?
 
-# Requeue an unfinished run only if it saved a newer checkpoint, or was told to stop: 75, or the
-# signal itself if that came while torchrun started. Otherwise an error would repeat.
+# Requeue an unfinished run if it saved a newer checkpoint, or was told to stop: 75, or the signal
+# itself if that came while torchrun started. Otherwise an error would repeat. OUT.stops has a line
+# for each stop since the last checkpoint; after three, the time limit is too short for one.
 case $status in 75 | 138 | 143) touch "$TRAIN_STOPPED" ;; esac
-if [ ! -d "$out/model" ] && { [ "$(newest)" != "$before" ] || [ -e "$TRAIN_STOPPED" ]; }; then
+[ "$(newest)" = "$before" ] || rm -f "$out.stops"
+if [ -d "$out/model" ]; then
+    rm -f "$out.stops"
+elif [ "$(newest)" != "$before" ]; then
     scontrol requeue "$SLURM_JOB_ID"
+elif [ -e "$TRAIN_STOPPED" ]; then
+    echo "job $SLURM_JOB_ID" >> "$out.stops"
+    if [ "$(wc -l < "$out.stops")" -le 3 ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        rm -f "$out.stops"
+        echo "slurm.sh: stopped four times without a new checkpoint: not requeued" >&2
+    fi
 fi

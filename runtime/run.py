@@ -509,7 +509,7 @@ def would_repeat(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def report_errors(program: str) -> Iterator[None]:
+def report_errors(program: str, ends: bool = False) -> Iterator[None]:
     """Report expected failures on stderr and exit with status 1; end the process if it listens.
 
     For bad input, I/O errors and NaN, rank 0 prints one line; `agree` brings the error to it. A
@@ -517,7 +517,8 @@ def report_errors(program: str) -> Iterator[None]:
     cannot be asked. Ctrl-C exits with status 130, and rank 0 says what is saved, which `Run` noted
     on the exception.
 
-    A program that listens to signals leaves without Python's own way out. Gloo's threads outlive
+    ends: nothing comes after it in this process; a program that listens to signals says so, too.
+    Such a program leaves without Python's own way out. Gloo's threads outlive
     `destroy_process_group`; if one frees a tensor while Python shuts down, it asks for the GIL, is
     ended by Python inside a destructor, and aborts the process ("terminate called without an active
     exception", a run of many). A signal there would also end it with another status.
@@ -541,7 +542,7 @@ def report_errors(program: str) -> Iterator[None]:
             sys.stderr.flush()
             if dist.is_initialized() and (alone or status in (0, signals.RESUME_ME)):
                 dist.destroy_process_group()
-        if signals.is_listening() or (status and not alone):
+        if ends or signals.is_listening() or (status and not alone):
             signals.leave(int(status or 0))
     if status:
         sys.exit(status)

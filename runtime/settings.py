@@ -30,7 +30,8 @@ from model import flash_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PATHS = ("DIR", "FILE", "PAIRS", "auto|never|PATH")  # the metavars of settings that hold a path
+# The metavars of flags that hold a path: in them, `~` is the home folder.
+PATHS = {"DIR", "FILE", "PAIRS", "RUN", "FILE.png", "FILE.html", "[NAME=]DIR", "auto|never|PATH"}
 
 # Other trainers' names, so that an unknown flag can suggest ours; a note may follow our name.
 ALIASES = {
@@ -476,7 +477,9 @@ def read_command(
             values = (read_toml(Path(config)) if config else {}) | flags
     except DataError as e:
         parser.error(str(e))
-    _expand_home(Settings, values)
+    for f in fields(Settings):  # of the TOML file
+        if f.metadata["metavar"] in PATHS and f.name in values:
+            values[f.name] = expand_home(values[f.name])
     planning = {name: values.pop(name) for name in _types(PlanOptions) if name in values}
     settings, options = Settings(**values), PlanOptions(**planning)
     for name in flags.keys() & _types(PlanOptions).keys() - {"plan"}:
@@ -494,7 +497,6 @@ def parse_table(table: type, argv: list[str] | None, description: str | None, us
     parser = _parser(description, usage)
     _add_flags(parser, table)
     flags = _parse(parser, argv, _types(table))
-    _expand_home(table, flags)
     instance = table(**flags)
     if problem := table_problem(instance):
         parser.error(problem)
@@ -536,11 +538,25 @@ def _value_problem(value: Any, rule: typing.Mapping) -> str | None:
     return None
 
 
-def _expand_home(table: type, values: dict) -> None:
-    """Expand the `~` of every path in place; a shell leaves it alone after `--out=`."""
-    for f in fields(table):
-        if f.metadata["metavar"] in PATHS and isinstance(values.get(f.name), str):
-            values[f.name] = os.path.expanduser(values[f.name])
+def expand_home(value: Any) -> Any:
+    """Expand the `~` of a path, of a path behind NAME=, or of each in a list."""
+    if isinstance(value, list):
+        return [expand_home(path) for path in value]
+    if isinstance(value, str):
+        return "=".join(map(os.path.expanduser, value.split("=")))
+    return value.expanduser()
+
+
+class Parser(argparse.ArgumentParser):
+    """Expands the `~` of every flag that holds a path; a shell leaves it alone after `--out=`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as the base class does. Flags with one of `PATHS` as metavar hold a path."""
+        flags, unknown = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.metavar in PATHS and getattr(flags, action.dest, None):
+                setattr(flags, action.dest, expand_home(getattr(flags, action.dest)))
+        return flags, unknown
 
 
 def _toy(objective: str) -> dict:
@@ -596,8 +612,8 @@ def _types(table: type) -> dict[str, type]:
     return found
 
 
-def _parser(description: str | None, usage: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+def _parser(description: str | None, usage: str) -> Parser:
+    return Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -48,7 +48,7 @@ from formats.schemas import Columns, Dropped, parse_record
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES, hyperparameters, pair_losses
 from model import Llama
-from runtime.settings import Settings, auto_dtype
+from runtime.settings import Parser, Settings, auto_dtype
 from study.figures import (
     curves_table,
     draw_accuracy_by_length,
@@ -404,7 +404,7 @@ def curves(flags: argparse.Namespace) -> None:
 
 def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Exits with status 2 and one line on stderr for a usage error."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -29,7 +29,7 @@ from formats.progress import Progress
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Llama, to_device
-from runtime.settings import Settings
+from runtime.settings import Parser, Settings
 from study.analyze import FLAGS_OVER_RECORD, open_policy, read_pairs, rewards_of
 from study.labels import described, folder_name, labels, recorded_settings
 
@@ -190,9 +190,7 @@ def explore(flags: argparse.Namespace) -> None:
 def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Exits with status 2 and one line on stderr for a usage error."""
     how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=how, allow_abbrev=False
-    )
+    parser = Parser(prog=PROGRAM, description=__doc__, formatter_class=how, allow_abbrev=False)
     add = parser.add_argument
     text = "a run of train.py, a Hugging Face folder or a hub id, and its name on the page; several"
     add("--policy", action="append", required=True, metavar="[NAME=]DIR", help=text)

@@ -43,7 +43,8 @@ from formats.checkpoint import read_config, save
 from formats.progress import Progress
 from model import Llama
 from runtime import processes
-from runtime.settings import Settings, read_settings
+from runtime.run import report_errors
+from runtime.settings import Parser, Settings, read_settings
 
 TEMPLATE = """\
 {% for message in messages %}
@@ -287,9 +288,7 @@ def whole_steps(pairs: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     out = "folder for checkpoint/ and the two files (default: toy/)"
     add("--out", type=Path, default=HERE, metavar="DIR", help=out)
@@ -298,7 +297,12 @@ def main() -> None:
     add("--steps", type=int, default=600, help="fine-tuning steps of 48 texts (default: 600)")
     add("--prompts", type=int, default=2000, help="prompts for training pairs (default: 2000)")
     add("--held-out", type=int, default=400, help="prompts for held-out pairs (default: 400)")
-    flags = parser.parse_args()
+    with report_errors("make.py", ends=__name__ == "__main__"):
+        make(parser.parse_args())
+
+
+def make(flags: argparse.Namespace) -> None:
+    """Write checkpoint/ and both files of pairs to `--out`."""
     flags.out.mkdir(parents=True, exist_ok=True)
     splits = (("train", flags.prompts, False), ("heldout", flags.held_out, True))
     with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ from formats.progress import Progress
 from formats.tokenizer import Tokenizer
 from runtime.processes import print0
 from runtime.run import report_errors
-from runtime.settings import Settings
+from runtime.settings import Parser, Settings
 from study import analyze, figures
 
 # Seeds 0 to 3 served to choose the world and the settings. These were drawn once all was frozen.
@@ -954,7 +954,7 @@ def draw_distributions(path: Path, seeds: list[dict]) -> None:
 
 def read_flags() -> argparse.Namespace:
     """Parse the command line; exit with status 2 and one line on a usage error."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -1022,7 +1022,7 @@ def main() -> None:
     launcher = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
     command = " ".join([launcher, "toy/miniature.py", *sys.argv[1:]])
     seeds: list[dict] = []
-    with report_errors("miniature.py"):
+    with report_errors("miniature.py", ends=__name__ == "__main__"):
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
             work = Path(make.on_rank_0(lambda: tempfile.mkdtemp(prefix="miniature-")))
             try:
