@@ -51,7 +51,7 @@ elif [ -e "$TRAIN_STOPPED" ]; then
     if [ "$(wc -l < "$out.stops")" -le 3 ]; then
         scontrol requeue "$SLURM_JOB_ID"
     else
-        rm -f "$out.stops"
+        rm -f "$out.stops" # whoever submits it again has raised the time limit
         echo "slurm.sh: stopped four times without a new checkpoint: not requeued" >&2
     fi
 fi

@@ -629,6 +629,31 @@ def test_the_slurm_script_requeues_while_the_run_progresses(tmp_path, unbroken):
     assert_same(unbroken / "simpo", out)
 
 
+def test_the_slurm_script_does_not_requeue_for_ever(tmp_path):
+    """A job that is stopped again and again before it saves anything is requeued three times."""
+    tools, asked, out = tmp_path / "bin", tmp_path / "asked", tmp_path / "run"
+    tools.mkdir()
+    write_script(tools / "scontrol", f'echo "$@" >> {asked}; echo localhost')
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_JOB_NODELIST": "", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "1"}
+
+    def requeued(status: int, before_run: str = "") -> bool:
+        write_script(tools / "srun", f"{before_run} exit {status}")
+        asked.unlink(missing_ok=True)
+        command = ["bash", ROOT / "recipes" / "slurm.sh", out]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        found = "requeue 7" in asked.read_text()
+        assert found or status == 1 or "stopped four times" in done.stderr
+        return found
+
+    assert [requeued(75), requeued(143), requeued(1), requeued(138)] == [True, True, False, True]
+    assert not requeued(75)  # an error between them has not begun the count again
+    assert [requeued(1, 'touch "$TRAIN_STOPPED";'), requeued(75)] == [True, True]  # sent anew
+    saves = f"mkdir -p {out}/checkpoints/step-000008;"
+    assert requeued(1, saves)
+    assert [requeued(75) for _ in range(4)] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("moment", ["read", "build", "report"])
 def test_ctrl_c_outside_the_loop_says_what_is_saved(
     monkeypatch, capsys, tmp_path, unbroken, moment

@@ -1,11 +1,15 @@
 """What a flag may be, and what is said of one that does nothing."""
 
+import argparse
+import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from test_train import ROOT, TOY, fails, few_pairs, run
 
+from runtime import settings
 from runtime.settings import PlanOptions, Settings, read_command, read_settings, table_problem
 
 MODEL = ["--model=m", "--data=d"]
@@ -41,8 +45,8 @@ def test_an_unknown_flag_is_answered_with_ours(capsys, flag, ours):
 def test_flags_of_plan_need_plan(capsys, flag):
     line = refused(capsys, flag)
     assert flag.partition("=")[0] in line and "--plan" in line
-    settings, options = read_command([*MODEL, "--plan", flag])
-    assert options.plan and not hasattr(settings, "gpus")
+    found, options = read_command([*MODEL, "--plan", flag])
+    assert options.plan and not hasattr(found, "gpus")
 
 
 @pytest.mark.parametrize(
@@ -199,3 +203,60 @@ def test_planning_keys_of_a_file_wait_for_plan(tmp_path):
     assert not read_command([*MODEL, "--no-plan"])[1].plan
     settings, options = read_command([*MODEL, f"--config={recipe}", "--plan"])
     assert (options.gpus, options.mfu) == (8, 0.5) and settings.model == "m"
+
+
+NOT_PATHS = {"NAME", "NAMES", "DATE", "TEXT", "N", "G", "B", "T", "P", "K", "S", "SHARE", None}
+
+
+def flags_of(read: Callable, monkeypatch, *words: str) -> list[argparse.Action]:
+    """Return the actions of the parser, or subparser, that `read` makes for a command line."""
+    seen: list[settings.Parser] = []
+    parse = settings.Parser.parse_known_args
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *words])
+        patch.setattr(
+            settings.Parser, "parse_known_args", lambda s, *a: seen.append(s) or parse(s, *a)
+        )
+        with pytest.raises(SystemExit):
+            read([*words, "--unknown"])
+    return [action for parser in seen for action in parser._actions]
+
+
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        ("runtime.settings", []),
+        ("sample", []),
+        ("study.analyze", ["rewards", "--policy=a", "--data=b", "--out=c"]),
+        ("study.analyze", ["curves", "run", "--out=c.png"]),
+        ("study.tokens", ["--policy=a", "--data=b", "--out=c"]),
+    ],
+)
+def test_home_is_expanded_in_every_path(monkeypatch, tmp_path, module, words):
+    """Behind `--flag=`, where a shell leaves `~` alone; in lists and behind NAME=, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = importlib.import_module(module)
+    read = command.read_command if module == "runtime.settings" else command.read_flags
+    actions = flags_of(read, monkeypatch, *words)
+    texts = [a for a in actions if a.nargs != 0 and a.type not in (int, float) and not a.choices]
+    assert {a.metavar for a in texts} - settings.PATHS <= NOT_PATHS | {"rewards | curves"}
+    paths = [a for a in texts if a.metavar in settings.PATHS]
+    assert paths
+    for action in paths:
+        parser = settings.Parser()
+        parser._add_action(action)
+        given = "NAME=~/x" if action.metavar.startswith("[NAME=]") else "~/x"
+        flag = action.option_strings[0] + "=" if action.option_strings else ""
+        action.required = False
+        found = getattr(parser.parse_args([flag + given]), action.dest)
+        found = found[0] if isinstance(found, list) else found
+        assert str(found) == given.replace("~", str(tmp_path)), action
+
+
+def test_home_is_expanded_in_toml_and_for_the_toml_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("model", "data", "eval-data", "chat-template", "out", "resume")
+    (tmp_path / "run.toml").write_text("".join(f'{key} = "~/{key}"\n' for key in keys))
+    found = read_settings(["--config=~/run.toml"])
+    for key in keys:
+        assert getattr(found, key.replace("-", "_")) == str(tmp_path / key)
