@@ -198,8 +198,7 @@ def make_optimizer(policy: Llama, settings: Settings) -> torch.optim.Optimizer:
 
 def clip_gradients(policy: Llama, max_norm: float) -> float:
     """Clip gradients to `max_norm` over all shards; return the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    return norm.full_tensor().item()
+    return torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm).full_tensor().item()
 
 
 def stop_if_not_finite(step: int, batch: list[Pair], metrics: dict[str, float]) -> None:
@@ -293,9 +292,9 @@ def report(inputs: Inputs, summary: dict) -> str:
         for when, folder in (("before", inputs.source), ("after", model)) if not judged else ():
             [answer] = generate(load(folder), [ids], tokenizer.stop_ids, max_new_tokens=128)
             lines += [f"  {when:6}  {tokenizer.decode(answer)}"]
-    command = shlex.join(["python", "sample.py", "--model", str(model), "--prompt", prompt])
-    files = f"{out}/metrics.jsonl (a line per step), {out}/config.json (all settings)"
-    return "\n".join([*lines, "", f"Sample from it:  {command}", f"Look at the run: {files}"])
+    command = shlex.join(["python", "sample.py", "--model", str(model)])
+    lines += ["", f"Sample from it:  {command} \\\n    --prompt {shlex.quote(prompt)}"]
+    return "\n".join([*lines, f"Look at the run: {out}/metrics.jsonl and config.json"])
 
 
 def main() -> None:

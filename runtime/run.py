@@ -251,14 +251,14 @@ class Run:
             write(row)
 
     def _headline(self) -> str:
-        """Return the line that says what is about to be trained, and on what."""
+        """Return the lines that say what is about to be trained, and on what."""
         s, steps = self.settings, self.inputs.steps
         named = [f"{name} {getattr(s, name)}" for name in OBJECTIVES[s.objective].defaults]
         objective = ", ".join([s.objective, *named])
         parameters = sum(p.numel() for p in self.policy.parameters())
         size = f"{len(steps)} steps of {len(steps[0])} pairs, {parameters:,} parameters"
         ranks = f"{dist.get_world_size()} × {self.device.type} in {s.dtype}"
-        return f"{objective}: {size}, {ranks} → {self.out}"
+        return f"{objective}\n  {size}, {ranks}\n  → {self.out}"
 
     def _reset_output_folder(self) -> None:
         """Delete everything this run will produce again, then write config.json.

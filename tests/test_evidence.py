@@ -126,4 +126,4 @@ def test_the_lesson_is_what_the_recorded_seeds_say():
     duel = [seed["duels"]["SimPO : DPO"]["sampled"] for seed in seeds]
     assert abs(sum(duel) / len(duel) - 50) < 4.5
     assert len(evidence.recorded()) == 1 + 3 + len(evidence.LESSON)
-    assert all(len(line) <= 100 for line in (*evidence.WORLD, *evidence.recorded()))
+    assert all(len(line) < 80 for line in (*evidence.WORLD, *evidence.recorded()))

@@ -18,14 +18,15 @@ from toy import world
 FEWEST = 300  # prompts: with fewer, two standard errors of a win rate exceed six points
 DECODING: dict[str, Any] = {"max_new_tokens": 128, "temperature": 0.7, "batch_size": 256}
 WORLD = (
-    "The world: a good answer says one true thing about each noun, and every noun has three. The",
-    "people it learnt from ramble, and most say the same wrong thing about half of the nouns.",
+    "The world: a good answer says one true thing about each noun, and every noun",
+    "has three. The people it learnt from ramble, and most say the same wrong thing",
+    "about half of the nouns.",
 )
 RECORDED = ("SimPO", "DPO", "no length norm")  # methods of results.json
 # RESULTS.md has these findings, and a test holds them to its numbers.
 LESSON = (
-    "Every method beats the model before training. SimPO and DPO tie, whatever one run says.",
-    "Without length normalisation, answers grow long and win less often.",
+    "Every method beats the model before training. SimPO and DPO tie, whatever one",
+    "run says. Without length normalisation, answers grow long and win less often.",
 )
 
 
