@@ -58,7 +58,7 @@ class Progress:
                 self.update(self.each)
 
     def __enter__(self) -> "Progress":
-        self.started = time.monotonic()
+        self.started = self.updated = time.monotonic()
         self.next_line = self.started + FIRST
         if os.environ.get("RANK", "0") == "0":
             with _lock:
@@ -70,11 +70,13 @@ class Progress:
         with _lock:
             if self in _open:
                 del _open[_open.index(self) :]
-            _clear()
+            if not _open:
+                _clear()
 
     def update(self, count: int = 1) -> None:
         """Count units as done."""
         self.done += count
+        self.updated = time.monotonic()
 
     def __str__(self) -> str:
         if self.total is None:
@@ -83,8 +85,10 @@ class Progress:
 
     def times(self) -> str:
         """Return the time that has passed, and an estimate of the time that is left."""
-        passed, new = time.monotonic() - self.started, self.done - self.first
-        left = ((self.total or 0) - self.done) * passed / new if new else 0
+        now, new = time.monotonic(), self.done - self.first
+        passed, since = now - self.started, now - self.updated
+        each = (self.updated - self.started) / new if new else 0
+        left = ((self.total or 0) - self.done) * each - since
         return f"{_clock(passed)}, {_clock(left)} left" if left > 0 else _clock(passed)
 
 

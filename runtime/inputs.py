@@ -303,7 +303,7 @@ def dry_run(settings: Settings) -> None:
             print0(f"\n{f.metadata['section']}")
         if values[f.name] is not None:
             flag, note = f.name.replace("_", "-"), notes.get(f.name, "")
-            print0(f"  {flag:26}{values[f.name]!s:58}{note}".rstrip())
+            print0(f"  {flag:26}{values[f.name]}", *([f"\n{'':27} {note}"] if note else []))
     if tokenizer and "data" not in missing:
         print0("\nthe first record, as the model will see it")
         show_records(settings, tokenizer, 1)

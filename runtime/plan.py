@@ -536,7 +536,7 @@ def print_plan(settings: Settings, options: PlanOptions) -> None:
     machine = plan.machine
     print(f"{settings.model}: {plan.parameters:,} parameters; {settings.objective}, {plan.dtype}")
     gpus = f"{machine.gpus} × {machine.name} of {machine.memory / GIB:.0f} GiB"
-    print(f"{gpus}; pairs: {plan.pairs}\n")
+    print(f"{gpus}\npairs: {plan.pairs}\n")
     print("\n".join([*memory_lines(plan, settings), "", *step_lines(plan, settings, options)]))
 
 

@@ -60,7 +60,7 @@ def test_a_log_gets_whole_lines_at_a_sane_rate(monkeypatch, clock):
             inner.update()
     lines = log.getvalue().splitlines()
     assert lines[0] == "tokenizing 0 of 3, 0:05; micro-batches 0 of 4"
-    assert lines[4] == "tokenizing 1 of 3, 2:05, 4:10 left; micro-batches 0 of 4"
+    assert lines[4] == "tokenizing 1 of 3, 2:05, 2:55 left; micro-batches 0 of 4"
     assert len(lines) == 10 and "\r" not in log.getvalue() and "\x1b" not in log.getvalue()
 
 
