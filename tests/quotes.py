@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFINITIONS = ast.FunctionDef, ast.ClassDef
 
 
 def stands_in(code: str, file: str, name: str = "") -> bool:
@@ -13,9 +14,10 @@ def stands_in(code: str, file: str, name: str = "") -> bool:
     """
     source = (ROOT / file).read_text()
     node: ast.AST | None = ast.parse(source)
+    lines = source.splitlines()
     for part in filter(None, name.split(".")):
-        found = (n for n in ast.walk(node) if getattr(n, "name", None) == part)
+        found = (n for n in ast.walk(node) if isinstance(n, DEFINITIONS) and n.name == part)
         if (node := next(found, None)) is None:
             return False
-    held = ast.get_source_segment(source, node) if name else source
-    return " ".join(code.split()) in " ".join(held.split())
+    held = lines[node.lineno - 1 : node.end_lineno] if name else lines
+    return " ".join(code.split()) in " ".join(" ".join(held).split())
