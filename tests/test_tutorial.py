@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-from pathlib import Path
 
 import pytest
 from quotes import ROOT, stands_in
