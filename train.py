@@ -166,7 +166,7 @@ def train(settings: Settings) -> dict:
         run.open(inputs, policy, optimizer)
         freeze = partial(freeze_reference, inputs, mesh, settings)
         reference, tables = make_reference(settings, inputs, device, freeze, run.resumed)
-        run.start(partial(evaluate, policy, inputs.held_out, settings, reference), tables)
+        run.start(partial(evaluate, policy, inputs.held_out[:], settings, reference), tables)
         for step in run.steps():
             batch = inputs.batch(step)
             rate = learning_rate(settings, step, len(inputs.steps))
@@ -287,7 +287,7 @@ def report(inputs: Inputs, summary: dict) -> str:
         if inputs.source.resolve() == TOY:
             from toy.evidence import evidence  # only the toy has a world and a judge
 
-            judged = evidence(inputs.source, model, tokenizer, inputs.held_out)
+            judged = evidence(inputs.source, model, tokenizer, inputs.held_out[:])
         lines += ["", *(judged or [f"One prompt, answered greedily: {prompt}"])]
         for when, folder in (("before", inputs.source), ("after", model)) if not judged else ():
             [answer] = generate(load(folder), [ids], tokenizer.stop_ids, max_new_tokens=128)

@@ -28,7 +28,12 @@ class InputError(ValueError):
 
     The message becomes one line of bounded length, whatever control characters, line breaks or
     megabytes it quotes from a stranger's file.
+
+    Attributes:
+        record: the number of the record that it is about, if ranks read different ones.
     """
+
+    record = 0
 
     def __init__(self, message: str):
         one_line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message[:10000])

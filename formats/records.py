@@ -12,8 +12,10 @@ import gzip
 import marshal
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from formats import sandbox
 from formats.errors import DataError
@@ -104,35 +106,46 @@ def _check_parts(name: str, folder: Path, files: list[str]) -> None:
 # Files → records
 
 
-def read_records(name: str) -> Iterator[tuple[str, dict]]:
+def read_records(
+    name: str, wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[tuple[str, Any]]:
     """Yield (where, record) for every record that `name` holds, in file order.
 
     `name` is what `data_files` takes. `where` is a file and the number of a line, row or record.
+    wanted: takes the number of a record, 0-based over all files. A record that is not wanted is
+    not parsed, as far as the format allows; None is yielded for it.
 
     Raises:
         DataError: a file cannot be read, or a record is not a JSON object. The message names file
             and line.
     """
+    number = 0
     for path in data_files(name):
         with reading(path, DataError):
-            for where, record in _read_file(path):
-                if not isinstance(record, dict):
+            for where, record in _read_file(path, partial(_shifted, wanted, number)):
+                if wanted(number) and not isinstance(record, dict):
                     raise DataError(f"{where}: expected an object, not {type(record).__name__}")
-                yield where, record
+                yield where, record if wanted(number) else None
+                number += 1
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, object]]:
-    """Choose the reader by the name of the file."""
+def _shifted(wanted: Callable[[int], bool], first: int, number: int) -> bool:
+    """Return whether the record with this number in a file is wanted; `first` is the file's."""
+    return wanted(first + number)
+
+
+def _read_file(path: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[str, object]]:
+    """Choose the reader by the name of the file. A record that is not wanted may be None."""
     if path.name.endswith(".parquet"):
-        return _read_parquet(path)
+        return _read_parquet(path, wanted)
     if path.name.endswith(".json"):
         return _read_list(path)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_lines(path)
+        return _read_lines(path, wanted)
     raise DataError(f"{path}: not one of {', '.join(SUFFIXES)}")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+def _read_parquet(path: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[str, object]]:
     """Yield rows as plain Python values, see `sandbox.load_parquet`, and read in its process.
 
     A batch that exceeds the limits is read again row by row.
@@ -144,7 +157,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         while True:
             where = f"{path} row {row + 1}"
             try:
-                [answer] = child.ask(program, "next", [None])
+                needed = any(map(wanted, range(row, row + rows)))
+                [answer] = child.ask(program, "next", [needed])
                 _check_unpacked(unpacked + len(answer), path, where)
             except (sandbox.SandboxFailure, DataError) as e:
                 if rows > 1:
@@ -181,8 +195,8 @@ def _read_list(path: Path) -> Iterator[tuple[str, object]]:
         yield f"{path} record {i}", record
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
-    unpacked = 0
+def _read_lines(path: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[str, object]]:
+    unpacked = count = 0
     with gzip.open(regular(path)) if path.suffix == ".gz" else open(regular(path), "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             where = f"{path}:{number}"
@@ -190,7 +204,11 @@ def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
                 raise DataError(f"{where}: a line of more than {LONGEST_LINE} bytes")
             unpacked += len(line)
             _check_unpacked(unpacked, path, where)
-            if line.strip():
+            if line.isspace():
+                continue
+            record = None
+            if wanted(count):
                 with reading(where, DataError, "not JSON"):
                     record = parse_json(line)
-                yield where, record
+            yield where, record
+            count += 1

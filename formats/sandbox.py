@@ -331,9 +331,10 @@ def _without_prefix_space(backend):
 def load_parquet(path: str, first: int, rows: int) -> Program:
     """Return a program that answers the next `rows` rows from row `first` (0-based) on, as marshal.
 
-    The answer after the last rows is empty. Text, numbers, booleans, lists and structs stay what
-    they are; times, decimals and the like become text. A column that text cannot show, such as
-    images, has its type in place of its values, such as "<struct<bytes: binary, path: string>>".
+    Rows that are not needed are None. The answer after the last rows is empty. Text, numbers,
+    booleans, lists and structs stay what they are; times, decimals and the like become text. A
+    column that text cannot show, such as images, has its type in place of its values, such as
+    "<struct<bytes: binary, path: string>>".
     """
     from pyarrow import ArrowException, parquet, string, struct, types
     from pyarrow import list_ as list_of
@@ -367,11 +368,12 @@ def load_parquet(path: str, first: int, rows: int) -> Program:
     source = batches()
 
     def run(call: str, items: list) -> Iterator[bytes]:
-        for _ in items:
+        for needed in items:
             batch = next(source, None)
-            columns = [values(column) for column in batch.columns] if batch else []
+            columns = [values(column) for column in batch.columns] if batch and needed else []
             names = batch.schema.names if batch else []
-            yield marshal.dumps([dict(zip(names, row)) for row in zip(*columns)])
+            rows = [dict(zip(names, row)) for row in zip(*columns)]
+            yield marshal.dumps(rows if needed or not batch else [None] * len(batch))
 
     return run
 

@@ -6,14 +6,16 @@ Read formats/schemas.py and formats/tokenizer.py next: `load_pairs` spreads thei
 
 import itertools
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data import Example, Pair, batches
 from formats import hub, records, schemas
@@ -25,9 +27,10 @@ from formats.progress import Progress
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, flash_runs, flash_takes
-from runtime.processes import agree, is_rank_0, multiplies_bf16, on_every_rank, print0, slice_of
+from runtime.processes import agree, broadcast, multiplies_bf16, on_every_rank, on_rank_0, print0
 from runtime.settings import Settings
 from runtime.show import UNLIMITED, show_records
+from runtime.tokens import Key, Pairs, Tokenized, find, key_of
 
 MOST_STEPS = 10**7  # of a run, all of which are planned before the first
 
@@ -41,10 +44,11 @@ class Inputs:
     config: Config
     weights: Weights
     tokenizer: Tokenizer
-    pairs: list[Pair]
-    held_out: list[Pair]
+    pairs: Pairs
+    held_out: Pairs
     counts: dict[str, dict[str, int]]  # records read, cut and dropped: of "data" and "eval_data"
     steps: list[np.ndarray]  # indices into `pairs` for every optimizer step
+    tokens: dict[str, tuple[Tokenized, Key]]  # where the pairs came from, to be kept in OUT
 
     def batch(self, step: int) -> list[Pair]:
         """Return the pairs of one optimizer step (0-based)."""
@@ -63,16 +67,18 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
         faster = "--dtype fp32 is several times as fast"
         print0(f"warning: this CPU has no bfloat16 arithmetic; {faster}")
     warn_of_slow_attention(config, device)
-    counts: dict[str, dict[str, int]] = {"data": {}, "eval_data": {}}
-    held_out: list[Pair] = []
-    pairs, counts["data"] = load_pairs(settings.data, tokenizer, settings)
+    tokens = {"data": open_pairs("data", tokenizer, settings)}
     if settings.eval_data:
-        held_out, counts["eval_data"] = load_pairs(settings.eval_data, tokenizer, settings)
-    for index, pair in enumerate([*pairs, *held_out]):
-        pair.index = index
-    warn_of_long_pairs([*pairs, *held_out], config.max_position_embeddings)
+        tokens["eval_data"] = open_pairs("eval_data", tokenizer, settings)
+    counts = {name: found.counts for name, (found, _) in tokens.items()}
+    pairs, *others = (found.pairs for found, _ in tokens.values())
+    held_out = others[0] if others else pairs.none()
+    held_out.first = len(pairs)
+    lengths = np.concatenate([pairs.lengths, held_out.lengths])
+    warn_of_long_pairs(lengths, config.max_position_embeddings)
     steps = list(all_steps(len(pairs), settings))
-    return Inputs(source, stats, config, weights, tokenizer, pairs, held_out, counts, steps)
+    counts = {"data": {}, "eval_data": {}} | counts
+    return Inputs(source, stats, config, weights, tokenizer, pairs, held_out, counts, steps, tokens)
 
 
 def warn_of_slow_attention(config: Config, device: torch.device) -> None:
@@ -97,36 +103,53 @@ def open_model(settings: Settings) -> tuple[Path, dict[str, list[int]], Config, 
     return source, stats, config, weights, tokenizer
 
 
-def load_pairs(
-    name: str, tokenizer: Tokenizer, settings: Settings
-) -> tuple[list[Pair], dict[str, int]]:
-    """Read a data set on every rank, tokenize a slice on each, and gather the pairs.
+def open_pairs(which: str, tokenizer: Tokenizer, settings: Settings) -> tuple[Tokenized, Key]:
+    """Return the pairs of "data" or "eval_data": from OUT/tokens, or from the data set itself."""
+    key = on_rank_0(lambda: key_of(which, tokenizer, settings))
+    if found := find(which, key, settings):
+        for message in found.messages:
+            print0(message)
+    return found or load_pairs(getattr(settings, which), tokenizer, settings), key
 
-    Returns the pairs and the number of records read, cut and dropped.
+
+def load_pairs(name: str, tokenizer: Tokenizer, settings: Settings) -> Tokenized:
+    """Read and tokenize a share of a data set on every rank, and give all pairs to all ranks.
+
+    Ranks take turns, block by block, so any number of them makes the same pairs in the same order.
 
     Raises:
-        DataError: a record is malformed, or no pair is left. Every rank raises the same error.
+        DataError: a record is malformed, or no pair is left. Every rank raises the error of the
+            first block that has one.
     """
-    examples, counts, first_dropped, refused = agree(lambda: read_examples(name, settings))
+    rank, world = dist.get_rank(), dist.get_world_size()
     limits = settings.max_length, settings.max_prompt_length
     encode = partial(encode_usable, encoder(settings.like_authors), tokenizer, limits)
+    tokens: dict[int, np.ndarray] = {}
 
-    def encode_slice() -> tuple[list[Pair], Counter, list[str]]:
-        mine, cut, skipped = slice_of(examples), Counter[str](), list[str]()
-        pairs: list[Pair] = []
-        starts, options = range(0, len(mine), 256), {"total": len(mine), "each": 256}
-        for i in Progress(f"tokenizing {name}", starts, **options):
-            pairs += encode(mine[i : i + 256], cut, skipped if settings.skip_unusable else None)
-        return pairs, cut, skipped
+    def tokenize_share() -> list[Block]:
+        blocks = []
+        mine = read_blocks(name, settings, lambda number: number // BLOCK % world == rank)
+        for block in Progress(f"tokenizing {name}", mine, each=BLOCK * world):
+            try:
+                refused = block.refused if settings.skip_unusable else None
+                pairs = encode(block.examples, block.cut, refused)
+            except DataError as e:
+                e.record = block.number * BLOCK
+                raise
+            block.examples, block.where = [], [pair.where for pair in pairs]
+            rows = [[len(pair.prompt), *map(len, pair.responses), 0][:3] for pair in pairs]
+            block.lengths = np.array(rows, np.int32).reshape(-1, 3)
+            arrays = [array for pair in pairs for array in (pair.prompt, *pair.responses)]
+            tokens[block.number] = np.concatenate([np.empty(0, np.int32), *arrays])
+            blocks.append(block)
+        return blocks
 
-    pairs: list[Pair] = []
-    for part, cut, skipped in on_every_rank(encode_slice):
-        pairs += part
-        counts += cut
-        refused += skipped
-    if refused:
+    blocks = sorted(itertools.chain(*on_every_rank(tokenize_share)), key=lambda b: b.number)
+    whole = join_blocks(name, settings, blocks)
+    counts, dropped = whole.counts + whole.cut, whole.first_dropped
+    if refused := whole.refused:
         counts["dropped: unusable"] = len(refused)
-        first_dropped += f"; the first unusable, {refused[0]}"
+        dropped += f"; the first unusable, {refused[0]}"
     if len(refused) > settings.skip_unusable * counts["records"]:
         share = f"--skip-unusable {settings.skip_unusable:g}"
         many = f"{len(refused)} of {counts['records']} records cannot be used"
@@ -134,12 +157,21 @@ def load_pairs(
     # "12 records", but "format: messages (12)": a key with a colon names one kind of several
     parts = [f"{what} ({n})" if ":" in what else f"{n} {what}" for what, n in counts.items()]
     summary = ", ".join(parts)
-    if not pairs:
-        raise DataError(f"{name}: nothing to learn from: {summary or 'it is empty'}{first_dropped}")
-    print0(printable(f"{name}: {summary}{first_dropped}"))
-    if is_rank_0():  # it tokenizes a sample, and no other rank would print what it finds
-        warn_of_large_shares(name, examples, counts, tokenizer, settings)
-    return pairs, dict(counts) | {"used": len(pairs)}
+    if not whole.where:
+        raise DataError(f"{name}: nothing to learn from: {summary or 'it is empty'}{dropped}")
+    messages = [*whole.notes, printable(f"{name}: {summary}{dropped}")]
+    messages += on_rank_0(lambda: large_shares(name, counts, tokenizer, settings))
+    for message in messages:
+        print0(message)
+    flat, start = np.empty(whole.lengths.sum(dtype=np.int64), np.int32), 0
+    for block in blocks:
+        part = flat[start : start + block.lengths.sum()]
+        start += len(part)
+        if block.number in tokens:
+            part[:] = tokens.pop(block.number)
+        broadcast(part, block.number % world)
+    pairs = Pairs(flat, whole.lengths, np.array([os.fsencode(where) for where in whole.where]))
+    return Tokenized(pairs, dict(counts) | {"used": len(pairs)}, messages)
 
 
 def encode_usable(
@@ -169,72 +201,133 @@ def encode_usable(
     return [pair for example in examples for pair in alone([example], counts, refused)]
 
 
-def read_examples(name: str, settings: Settings) -> tuple[list[Example], Counter, str, list[str]]:
-    """Parse all records; count formats and dropped records, and quote the first dropped one.
+BLOCK = 256  # consecutive records that one rank reads and tokenizes
 
-    The last value lists the errors of the records that `--skip-unusable` leaves out. A line that is
-    no JSON object is none of them: the file is damaged.
+
+@dataclass
+class Block:
+    """Holds what consecutive records have become: examples, and after that pairs.
+
+    number: of the block, 0-based in the data set.
+    counts: records, formats and dropped records; `cut`: what was cut or dropped as tokens.
+    first_dropped: quotes the first dropped record.
+    refused: the errors of the records that `--skip-unusable` leaves out.
+    notes: messages about columns.
+    lengths, where: of the pairs, as in `Pairs`.
+    """
+
+    number: int
+    columns: schemas.Columns
+    examples: list[Example] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    cut: Counter = field(default_factory=Counter)
+    first_dropped: str = ""
+    refused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lengths: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
+    where: list[str] = field(default_factory=list)
+
+
+def read_blocks(
+    name: str, settings: Settings, wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[Block]:
+    """Parse the wanted records, see `read_records`, and yield them in blocks.
 
     Raises:
-        DataError: a record is malformed, and `--skip-unusable` is 0.
+        DataError: a record is malformed, and `--skip-unusable` is 0. A line that is no JSON object
+            is an error all the same: the file is damaged.
     """
-    counts: Counter = Counter()
-    examples, first_dropped, refused = [], "", []
+    block, number = Block(0, settings.named_columns), 0
     paired = OBJECTIVES[settings.objective].responses == 2
-    columns = settings.named_columns
-    for where, record in Progress(f"reading {name}", records.read_records(name)):
-        counts["records"] += 1
-        try:
-            kind, example = schemas.parse_record(record, where, paired, columns)
-            counts[f"format: {kind}"] += 1
-            examples.append(example)
-        except schemas.Dropped as e:
-            counts[f"dropped: {e}"] += 1
-            first_dropped = first_dropped or f"; the first, {where}: {e}"
-        except DataError as e:
-            if not settings.skip_unusable:
-                raise
-            refused.append(str(e))
-    if name == settings.data and (missing := columns.missing()):
+    try:
+        for where, record in records.read_records(name, wanted):
+            if record is not None:
+                block.counts["records"] += 1
+                try:
+                    kind, example = schemas.parse_record(record, where, paired, block.columns)
+                    block.counts[f"format: {kind}"] += 1
+                    block.examples.append(example)
+                except schemas.Dropped as e:
+                    block.counts[f"dropped: {e}"] += 1
+                    block.first_dropped = block.first_dropped or f"; the first, {where}: {e}"
+                except DataError as e:
+                    if not settings.skip_unusable:
+                        raise
+                    block.refused.append(str(e))
+            number += 1
+            if number % BLOCK == 0:
+                if block.counts:
+                    yield block
+                block = Block(number // BLOCK, settings.named_columns)
+    except DataError as e:
+        e.record = number
+        raise
+    if block.counts:
+        yield block
+
+
+def join_blocks(name: str, settings: Settings, blocks: Iterable[Block]) -> Block:
+    """Join blocks, which are in file order, to one.
+
+    Raises:
+        DataError: no record has a column that `--columns` or `--ignore-columns` names.
+    """
+    whole, lengths = Block(0, settings.named_columns), [Block(0, settings.named_columns).lengths]
+    for block in blocks:
+        whole.examples += block.examples
+        whole.counts += block.counts
+        whole.cut += block.cut
+        whole.first_dropped = whole.first_dropped or block.first_dropped
+        whole.refused += block.refused
+        whole.where += block.where
+        whole.columns.seen |= block.columns.seen
+        whole.columns.unknown |= block.columns.unknown
+        lengths.append(block.lengths)
+    whole.lengths = np.concatenate(lengths)
+    if name == settings.data and (missing := whole.columns.missing()):
         raise DataError(f"{name}: --columns or --ignore-columns: no record has {missing}")
-    if columns.unknown:
-        print0(f"{name}: ignored without knowing what it is: column {', '.join(columns.unknown)}")
-    return examples, counts, first_dropped, refused
+    if unknown := ", ".join(whole.columns.unknown):
+        whole.notes = [f"{name}: ignored without knowing what it is: column {unknown}"]
+    return whole
 
 
 LARGE = 0.1  # share of records, prompts or responses that is worth a warning
-LOOK_AT = 2000  # examples that a recommended limit is measured on
+LOOK_AT = 2000  # records that a recommended limit is measured on
 
 
-def warn_of_large_shares(
-    name: str, examples: list[Example], counts: Counter, tokenizer: Tokenizer, settings: Settings
-) -> None:
-    """Warn if a tenth of the responses or prompts was cut, or of the records was dropped."""
+def large_shares(name: str, counts: Counter, tokenizer: Tokenizer, settings: Settings) -> list[str]:
+    """Return warnings if a tenth of the responses or prompts was cut, or of the records dropped."""
+    warnings = []
     dropped = Counter({what: n for what, n in counts.items() if what.startswith("dropped: ")})
     if (many := dropped.total()) >= LARGE * counts["records"] > 0:
         reason = dropped.most_common(1)[0][0].removeprefix("dropped: ")
         share = f"{many / counts['records']:.0%} of the records are dropped"
-        print0(f"warning: {name}: {share}, most of them for this reason: {reason}")
-    responses = sum(len(example.responses) for example in examples)
-    answers_cut = counts["responses cut at their end"] / max(1, responses)
-    prompts_cut = counts["prompts cut at their start"] / max(1, len(examples))
+        warnings.append(f"warning: {name}: {share}, most of them for this reason: {reason}")
+    examples = max(1, sum(n for what, n in counts.items() if what.startswith("format: ")))
+    responses = examples * OBJECTIVES[settings.objective].responses
+    answers_cut = counts["responses cut at their end"] / responses
+    prompts_cut = counts["prompts cut at their start"] / examples
     if max(answers_cut, prompts_cut) < LARGE:
-        return
-    sample = examples[:: math.ceil(len(examples) / LOOK_AT)]
+        return warnings
+    step = math.ceil(counts["records"] / LOOK_AT)
+    sample = [block.examples for block in read_blocks(name, settings, lambda n: n % step == 0)]
     encode, unlimited = encoder(settings.like_authors), (UNLIMITED, UNLIMITED - 1)
-    whole = encode_usable(encode, tokenizer, unlimited, sample, Counter(), [])
+    whole = encode_usable(encode, tokenizer, unlimited, sum(sample, []), Counter(), [])
     if not whole:
-        return
+        return warnings
     prompt = percentile([len(pair.prompt) for pair in whole])
     if prompts_cut >= LARGE:
         lost = f"{prompts_cut:.0%} of the prompts are cut at their start, the system message first"
-        print0(f"warning: {name}: {lost}; --max-prompt-length {prompt} would keep 95 % whole")
+        keep = f"--max-prompt-length {prompt} would keep 95 % whole"
+        warnings.append(f"warning: {name}: {lost}; {keep}")
     if answers_cut >= LARGE:
         most = prompt if prompts_cut >= LARGE else settings.max_prompt_length
         lengths = [min(len(p.prompt), most) + len(r) for p in whole for r in p.responses]
         flags = f"--max-length {percentile(lengths)} --max-prompt-length {most}"
         lost = f"{answers_cut:.0%} of the responses are cut at their end, which leaves them without"
-        print0(f"warning: {name}: {lost} an end of turn to learn; {flags} would keep 95 % whole")
+        end = f"an end of turn to learn; {flags} would keep 95 % whole"
+        warnings.append(f"warning: {name}: {lost} {end}")
+    return warnings
 
 
 def percentile(lengths: list[int], share: float = 0.95) -> int:
@@ -242,13 +335,16 @@ def percentile(lengths: list[int], share: float = 0.95) -> int:
     return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
 
 
-def warn_of_long_pairs(pairs: list[Pair], positions: int) -> None:
-    """Warn if pairs are longer than the context that the model was trained for."""
-    longest = [len(pair.prompt) + max(map(len, pair.responses)) for pair in pairs]
-    if count := sum(length > positions for length in longest):
+def warn_of_long_pairs(lengths: np.ndarray, positions: int) -> None:
+    """Warn if pairs are longer than the context that the model was trained for.
+
+    lengths: [pairs, 3], of prompt and responses, as in `Pairs`.
+    """
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    if count := (longest > positions).sum():
         print0(
             f"warning: {count} pairs are longer than the model's {positions} positions "
-            f"(the longest: {max(longest)} tokens); --max-length {positions} would cut them"
+            f"(the longest: {longest.max()} tokens); --max-length {positions} would cut them"
         )
 
 
@@ -313,7 +409,7 @@ def _note_of_data(name: str, tokenizer: Tokenizer | None, settings: Settings) ->
     """Count what can be counted: usable pairs and steps with a tokenizer, else records."""
     path = getattr(settings, name)
     if tokenizer:
-        count, what = len(load_pairs(path, tokenizer, settings)[0]), "used"
+        count, what = len(load_pairs(path, tokenizer, settings).pairs), "used"
     else:
         found = Progress(f"reading {path}", records.read_records(path))
         count, what = sum(1 for _ in found), "records"

@@ -33,12 +33,12 @@ import torch
 from data import Pair, micro_batches
 from formats.authors import encoder
 from formats.checkpoint import read_config
-from formats.errors import DataError, InputError
+from formats.errors import DataError, InputError, printable
 from formats.hub import at_hand
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, Llama, train_flops
-from runtime.inputs import all_steps, encode_usable, read_examples
+from runtime.inputs import all_steps, encode_usable, join_blocks, read_blocks
 from runtime.settings import PlanOptions, Settings
 
 GIB = 2**30
@@ -405,7 +405,10 @@ def assumed_pairs(
 def sampled_pairs(settings: Settings, folder: Path) -> tuple[list[Pair], int | None, str]:
     """Read the data, count its pairs and tokenize the first ones."""
     tokenizer = Tokenizer(folder, read_template(settings.chat_template), settings.date)
-    examples = read_examples(settings.data, settings)[0]
+    whole = join_blocks(settings.data, settings, read_blocks(settings.data, settings))
+    examples = whole.examples
+    for note in whole.notes:
+        print(printable(note))
     limits = settings.max_length, settings.max_prompt_length
     encode, count = encoder(settings.like_authors), len(examples)
     refused: list[str] | None = [] if settings.skip_unusable else None

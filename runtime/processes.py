@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -123,7 +124,8 @@ def gather(thing: Any) -> list:
 def agree(work: Callable) -> Any:
     """Return `work()`. If it fails on any rank, every rank raises that error, so nobody hangs.
 
-    Only ValueError, which includes InputError, and OSError travel; any other is raised where it is.
+    Of several errors, the one about the first record is raised. Only ValueError, which includes
+    InputError, and OSError travel; any other is raised where it is.
     """
     result = error = None
     try:
@@ -131,8 +133,9 @@ def agree(work: Callable) -> Any:
     except (ValueError, OSError) as e:
         error = e
     if errors := [e for e in gather(error) if e]:
-        errors[0].add_note(AGREED)
-        raise errors[0]
+        first = min(errors, key=lambda e: getattr(e, "record", 0))
+        first.add_note(AGREED)
+        raise first
     return result
 
 
@@ -144,6 +147,15 @@ def on_every_rank(work: Callable) -> list:
 def on_rank_0(work: Callable) -> Any:
     """Return the result of `work()`, which rank 0 does alone while the others wait."""
     return on_every_rank(lambda: work() if is_rank_0() else None)[0]
+
+
+def broadcast(array: np.ndarray, rank: int) -> None:
+    """Overwrite an array with that of a rank. Call it on all ranks, with arrays of one size."""
+    if dist.get_world_size() > 1:
+        tensor = torch.from_numpy(array)
+        moved = tensor if "gloo" in dist.get_backend() else tensor.cuda()
+        dist.broadcast(moved, rank)
+        tensor.copy_(moved)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

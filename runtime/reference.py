@@ -6,6 +6,7 @@ as SimPO. Both give the same run. `methods/objectives.py` says which objectives 
 """
 
 import gc
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -72,12 +73,14 @@ def fill_table(table: Tensor, score: Reference, inputs: Inputs, settings: Settin
     """
     # One epoch meets every pair. A run of --max-steps may end before that and needs fewer.
     first_epoch = range(len(inputs.steps))[: math.ceil(len(inputs.pairs) / settings.batch_size)]
-    steps = [inputs.batch(step) for step in first_epoch]
-    steps += [inputs.held_out] if inputs.held_out else []
-    scored = torch.zeros(len(table), device=table.device)
+    held_out = [inputs.held_out[:]] if inputs.held_out else []
+    steps = itertools.chain(map(inputs.batch, first_epoch), held_out)
+    scored, wanted = torch.zeros(len(table), device=table.device), list[Tensor]()
     cost = partial(train_flops, inputs.config)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for step in Progress("scoring with the reference", steps):
+    count = len(first_epoch) + len(held_out)
+    for step in Progress("scoring with the reference", steps, total=count):
+        wanted.append(rows_of(step, table))
         for shares in micro_batches(step, world, settings.microbatch_tokens, cost):
             # Every rank must join every forward pass: one without pairs runs any pair.
             logps = score(shares[rank] or step[:1])
@@ -86,5 +89,4 @@ def fill_table(table: Tensor, score: Reference, inputs: Inputs, settings: Settin
             scored[rows] += 1
     dist.all_reduce(table)
     dist.all_reduce(scored)
-    wanted = rows_of([pair for step in steps for pair in step], table)
-    assert (scored[wanted] == 1).all(), "every pair is scored exactly once"
+    assert (scored[torch.cat(wanted)] == 1).all(), "every pair is scored exactly once"

@@ -26,12 +26,11 @@ import re
 import shlex
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -52,6 +51,7 @@ from model import Llama
 from runtime.inputs import Inputs
 from runtime.processes import agree, gather, is_rank_0, on_every_rank, on_rank_0, print0, slice_of
 from runtime.settings import Settings
+from runtime.tokens import digest
 
 FILE_BYTES = 2**30  # of one file of a checkpoint: DCP holds a whole file in memory
 VERSION = 2  # of state.json; the first had none
@@ -70,21 +70,12 @@ def fingerprint(settings: Settings, inputs: Inputs, source: dict[str, dict]) -> 
     values = {name: value for name, value in asdict(settings).items() if name not in by_content}
     template = (inputs.tokenizer.template or "").encode()
     return {name.replace("_", "-"): value for name, value in values.items()} | {
-        "data": _digest([(pair.prompt, *pair.responses) for pair in inputs.pairs]),
-        "eval-data": _digest([(pair.prompt, *pair.responses) for pair in inputs.held_out]),
-        "steps": _digest([(step,) for step in inputs.steps]),
+        "data": inputs.pairs.digest,
+        "eval-data": inputs.held_out.digest,
+        "steps": digest([(step,) for step in inputs.steps]),
         "chat template": f"sha256 {hashlib.sha256(template).hexdigest()[:16]}",
         **{name: f"sha256 {entry['sha256'][:16]}" for name, entry in source.items()},
     }
-
-
-def _digest(items: Sequence[Sequence[np.ndarray]]) -> str:
-    """Return the number of items, and a hash of their arrays in order."""
-    sha = hashlib.sha256()
-    for item in items:
-        for array in item:
-            sha.update(len(array).to_bytes(8, "little") + array.tobytes())
-    return f"{len(items)} with sha256 {sha.hexdigest()[:16]}"
 
 
 def training_tensors(policy: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

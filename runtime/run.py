@@ -5,6 +5,7 @@
     OUT/checkpoints/     what the run can resume from, see `runtime/resume.py`
     OUT/model/           the trained model, a Hugging Face folder; written last
     OUT/model.replaced/  with --overwrite: the model that was there, until the new one is
+    OUT/tokens/          the pairs as token ids, for a restart, see `runtime/tokens.py`
     OUT/failed           an error that would come again, for a torchrun that starts workers again
 
 `train.train` calls `open`, `start` and `steps`; in every step `log_step`, `evaluate_if_due` and
@@ -39,7 +40,7 @@ from formats.files import dump_json, read_json, remove
 from formats.progress import Progress, on_terminal
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, train_flops
-from runtime import resume, signals
+from runtime import resume, signals, tokens
 from runtime.inputs import Inputs
 from runtime.plan import peak_flops
 from runtime.processes import (
@@ -117,6 +118,9 @@ class Run:
         self.out = Path(self.settings.out)
         found = resume.find_checkpoint(self.settings, self.out, inputs)
         self.resumed, self.state, self.rows = found
+        if is_rank_0():
+            for name, (tokenized, key) in inputs.tokens.items():
+                tokens.save(self.out, name, key, tokenized)
         # The model is saved with what the run began with, whatever becomes of the source meanwhile.
         source, tokenizer = inputs.source, inputs.tokenizer
         self.companions = agree(

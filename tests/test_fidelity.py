@@ -11,6 +11,7 @@ from pathlib import Path
 
 import chat_templates
 import pytest
+from ranks import on_ranks
 from test_data import (
     CHATML,
     LLAMA3,
@@ -288,39 +289,27 @@ def test_an_unusable_record_stops_the_run_or_is_counted(monkeypatch, capsys, tmp
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_any_number_of_ranks_skips_the_same(monkeypatch, capsys, ranks):
+def test_any_number_of_ranks_skips_the_same(monkeypatch, capsys, tmp_path, ranks):
     """Ranks share the records, and one refused conversation takes no other with it."""
     bad = list(BAD.values())[:2]
     records = [*map(good, range(9)), bad[0], good(9), bad[1], *map(good, range(10, 20))]
-    examples = [parse_record(record, f"pairs.jsonl:{i}")[1] for i, record in enumerate(records, 1)]
-    monkeypatch.setattr(
-        inputs, "read_examples", lambda *args: (examples, Counter(records=22), "", [])
-    )
-    rank = 0
-    monkeypatch.setattr(
-        inputs, "slice_of", lambda x: x[22 * rank // ranks : 22 * (rank + 1) // ranks]
-    )
+    file = str(write_pairs(tmp_path / "pairs.jsonl", *records))
+    monkeypatch.setattr(inputs, "BLOCK", 4)
+    settings = Settings(model="m", data=file, skip_unusable=0.1)
+    tokenizer = Tokenizer(TOY / "checkpoint")
 
-    def on_every_rank(work):
-        nonlocal rank
-        found = []
-        for rank in range(ranks):
-            found.append(work())
-        return found
+    def load() -> inputs.Tokenized:
+        return inputs.load_pairs(file, tokenizer, settings)
 
-    monkeypatch.setattr(inputs, "on_every_rank", on_every_rank)
-    monkeypatch.setattr(inputs, "agree", lambda work: work())
-    settings = Settings(model="m", data="d", skip_unusable=0.1)
-    pairs, counts = inputs.load_pairs("d", Tokenizer(TOY / "checkpoint"), settings)
-    lines = [int(pair.where.partition(":")[2]) for pair in pairs]
-    assert lines == [*range(1, 10), 11, *range(13, 23)]
-    assert counts["dropped: unusable"] == 2 and counts["used"] == 20
-    assert "the first unusable, pairs.jsonl:10: " in capsys.readouterr().out
+    for loaded in on_ranks(monkeypatch, ranks, load):
+        lines = [int(pair.where.rpartition(":")[2]) for pair in loaded.pairs]
+        assert lines == [*range(1, 10), 11, *range(13, 23)]
+        assert loaded.counts["dropped: unusable"] == 2 and loaded.counts["used"] == 20
+    assert f"the first unusable, {file}:10: " in capsys.readouterr().out
     settings.skip_unusable = 0.05
-    with pytest.raises(
-        DataError, match="2 of 22 records cannot be used, .*: the first, pairs.jsonl:10"
-    ):
-        inputs.load_pairs("d", Tokenizer(TOY / "checkpoint"), settings)
+    for error in on_ranks(monkeypatch, ranks, load):
+        assert "2 of 22 records cannot be used" in str(error)
+        assert f": the first, {file}:10" in str(error)
 
 
 def test_a_damaged_file_is_an_error_all_the_same(monkeypatch, capsys, tmp_path):

@@ -292,7 +292,7 @@ def test_plan_and_analyses_follow_the_switch(tmp_path):
         settings = read_settings(words)
         start_ranks(settings)
         tokenizer = Tokenizer(checkpoint, read_template(settings.chat_template))
-        pairs, _ = inputs.load_pairs(settings.data, tokenizer, settings)
+        pairs = inputs.load_pairs(settings.data, tokenizer, settings).pairs
         lengths = [[len(response) for response in pair.responses] for pair in pairs]
         planned, *_ = plan.sampled_pairs(settings, checkpoint)
         assert [[len(r) for r in pair.responses] for pair in planned] == lengths

@@ -32,6 +32,7 @@ from formats import checkpoint
 from runtime import inputs, resume
 from runtime.resume import checkpoints
 from runtime.signals import RESUME_ME
+from runtime.tokens import Key
 
 COMMON = {"max_steps": 6, "epochs": 3, "save_every": 2, "keep": 9}
 SIMPO = COMMON | {"objective": "simpo", "dtype": "fp32"}
@@ -514,12 +515,23 @@ def test_the_model_is_saved_with_what_the_run_began_with(monkeypatch, tmp_path, 
 def test_the_model_is_digested_once(monkeypatch, tmp_path, unbroken):
     """A resumed run digests only the checkpoint: the model's files have not changed."""
     out, flags = unfinished(unbroken, tmp_path)
+    monkeypatch.setattr(inputs, "key_of", lambda *args: Key("of no tokens", {}))
     real, read = hashlib.file_digest, []
     monkeypatch.setattr(
         hashlib, "file_digest", lambda file, name: read.append(file.name) or real(file, name)
     )
     run(monkeypatch, out, **flags)
     assert read and all(str(name).startswith(str(out)) for name in read)
+
+
+def test_a_resumed_run_reads_no_data(monkeypatch, tmp_path, unbroken):
+    """Its pairs are in OUT/tokens, of which the path of the data is a part."""
+    out, flags = unfinished(unbroken, tmp_path)
+    run(monkeypatch, tmp_path / "first", **flags)
+    shutil.copytree(tmp_path / "first" / "tokens", out / "tokens", dirs_exist_ok=True)
+    monkeypatch.setattr(inputs, "load_pairs", None)
+    run(monkeypatch, out, **flags)
+    assert_same(unbroken / "simpo", out)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from formats.candidates import prompt_of
 from formats.errors import DataError
 from formats.schemas import Columns, parse_record
 from formats.tokenizer import as_messages
-from runtime.inputs import read_examples
-from runtime.settings import read_settings
+from runtime.inputs import Block, join_blocks, read_blocks
+from runtime.settings import Settings, read_settings
 
 Q, A, B = "Name a colour of the sky.", "Blue, most of the time.", "Green."
 LONG = "This is a remark of the judge that goes on for more than a few words, as they do."
@@ -272,13 +272,13 @@ def test_refused_with_a_command_that_works(tmp_path, schema, why):
     file.write_text(json.dumps(schema.record) + "\n")
     settings = read_settings([f"--model={tmp_path}", f"--data={file}"])
     with pytest.raises(DataError, match=f"pairs.jsonl:1: {why}") as error:
-        read_examples(str(file), settings)
+        read_all(file, settings)
     line = str(error.value)
     assert line.isprintable() and len(line) < 1000
     flags = re.findall(r"(--(?:columns|ignore-columns|objective)) (\S+=\S+|[\w,]+)(?=\s|$)", line)
     flags = [word for flag in flags if flag[1] != "TARGET=SOURCE," for word in flag]
     again = read_settings([f"--model={tmp_path}", f"--data={file}", *shlex.split(" ".join(flags))])
-    [example], *_ = read_examples(str(file), again)
+    [example] = read_all(file, again).examples
     assert as_said(example) == (schema.prompt, schema.responses)
 
 
@@ -403,29 +403,38 @@ def test_nested_too_deeply():
         parse_record({"prompt": Q, "x": deep} | PAIR, "a.jsonl:7")
 
 
-def test_every_record_is_judged(tmp_path, capsys):
+def test_every_record_is_judged(tmp_path):
     """A column that only a later record has is refused; one that says little is named once."""
     records = [{"prompt": Q, "mood": "calm"} | PAIR] * 3 + [{"prompt": Q, "why": LONG} | PAIR]
     with pytest.raises(DataError, match="pairs.jsonl:4: column 'why' would be ignored"):
         read(tmp_path, records)
-    examples, _ = read(tmp_path, records, "--ignore-columns=why")
+    examples, _, notes = read(tmp_path, records, "--ignore-columns=why")
     assert len(examples) == 4
-    assert capsys.readouterr().out.count("column mood") == 1
+    [note] = notes
+    assert note.endswith("column mood")
 
 
-def read(tmp_path: Path, records: list[dict], *flags: str) -> tuple[list[Example], Counter]:
-    """Return the examples that `train.py` makes of a file with these records, and its counts."""
+def read(
+    tmp_path: Path, records: list[dict], *flags: str
+) -> tuple[list[Example], Counter, list[str]]:
+    """Return what `train.py` makes of a file with these records: examples, counts and notes."""
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     settings = read_settings([f"--model={tmp_path}", f"--data={file}", *flags])
-    return read_examples(str(file), settings)[:2]
+    whole = read_all(file, settings)
+    return whole.examples, whole.counts, whole.notes
+
+
+def read_all(file: Path, settings: Settings) -> Block:
+    """Return all that `train.py` makes of a file before it tokenizes."""
+    return join_blocks(str(file), settings, read_blocks(str(file), settings))
 
 
 def test_flags_about_columns(tmp_path, capsys):
     """--columns renames; a name that no record has, or that clashes, is an error."""
     record = {"Frage": Q, "gut": A, "übel": B, "prompt_id": 3, "warum": LONG}
     names = "--columns=prompt=Frage,chosen=gut,rejected=übel"
-    [example], _ = read(tmp_path, [record], names, "--ignore-columns=warum")
+    [example], *_ = read(tmp_path, [record], names, "--ignore-columns=warum")
     assert example[:2] == (Q, (A, B))
     with pytest.raises(DataError, match="no record has gutt, warumm"):
         read(tmp_path, [{"prompt": Q} | PAIR], "--columns=system=gutt", "--ignore-columns=warumm")
@@ -596,7 +605,7 @@ NO_PREFERENCE = [
 @pytest.mark.parametrize("record", NO_PREFERENCE)
 def test_no_preference(tmp_path, record):
     """A tie is dropped and counted with the reason; equal scores beside a choice are none."""
-    examples, counts = read(tmp_path, [record, {"prompt": Q, "score_chosen": 1} | PAIR])
+    examples, counts, _ = read(tmp_path, [record, {"prompt": Q, "score_chosen": 1} | PAIR])
     assert len(examples) == 1
     [reason] = [what for what in counts if what.startswith("dropped: ")]
     assert "no preference" in reason or "score the same" in reason
@@ -613,7 +622,7 @@ def test_negative_labels(tmp_path):
         {"label": -1.0},
         {"label": "False "},
     ]
-    examples, counts = read(tmp_path, [record | label for label in labels], "--objective=sft")
+    examples, counts, _ = read(tmp_path, [record | label for label in labels], "--objective=sft")
     assert len(examples) == 4
     assert sum(n for what, n in counts.items() if "should not be learnt" in what) == 6
 
