@@ -14,6 +14,8 @@
         what each design decision brings
     python bench/compare.py … --ours "" --ours "--keep-products all"
         this project twice, with other flags
+    python bench/compare.py … --best
+        each side with its own fastest settings
 
 Every run is a process of its own. Runs alternate (A B A B …), so that a machine that slows down
 slows both sides. Both sides share the checkpoint, tokens, their order, pairs per step, forward
@@ -27,6 +29,11 @@ precision in this project and autocast in TRL (`bf16=True` on weights loaded in 
 `--trl-weights bf16` loads TRL's weights in bfloat16. That takes less memory, but AdamW then adds
 its small steps to bfloat16 weights, which is other mathematics.
 
+`--best` compares what users of each side would choose. It searches both sides' settings for the
+fastest: pairs or tokens per forward pass, activation checkpointing, and the products that it keeps.
+Then the fastest of TRL runs in turns with our fastest within TRL's memory, and within any memory.
+See best.py for the search, which starts at --microbatch and --microbatch-tokens with checkpointing.
+
 "Of the ceiling" counts the floating-point operations that the mathematics needs (`train_flops` in
 model.py): each prompt once, no recomputation, the policy alone. They are a share of what one large
 matmul reached between the runs; MFU is a share of the GPU's data sheet.
@@ -34,9 +41,11 @@ matmul reached between the runs; MFU is a share of the GPU's data sheet.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,6 +57,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import torch
@@ -55,6 +65,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+from best import Search, Stopped, Watch
 from switches import VARIANTS
 from tokenizing import cpu
 
@@ -97,6 +108,7 @@ def our_run(
     reference: str,
     more: str,
     folder: Path,
+    watch: Watch | None = None,
 ) -> Run:
     """Run `train.py` on the pairs, with `more` flags, and read its metrics."""
     settings = {
@@ -119,8 +131,9 @@ def our_run(
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     arguments += ["--no-shuffle"] + ["--chat-template=none"] * bool(flags.shape)
     arguments += ["--no-activation-checkpointing"] * (not flags.activation_checkpointing)
-    start(ROOT / "train.py", *arguments, *shlex.split(more))
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    metrics = folder / "run" / "metrics.jsonl"
+    start(ROOT / "train.py", *arguments, *shlex.split(more), watch=watch, steps=metrics)
+    lines = metrics.read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     logps = "avg_logps" if objective == "simpo" else "logps"
     return {
@@ -131,14 +144,21 @@ def our_run(
     }
 
 
-def trl_run(flags: argparse.Namespace, pairs: list[Pair], padding_free: bool, folder: Path) -> Run:
+def trl_run(
+    flags: argparse.Namespace,
+    pairs: list[Pair],
+    padding_free: bool,
+    folder: Path,
+    watch: Watch | None = None,
+) -> Run:
     """Run TRL's trainer on the same tokens, see peer.py."""
     if padding_free and flags.device == "cpu":
         return {"unavailable": "it needs FlashAttention, which needs a GPU"}
     more = {"lr": LR, "loss": LOSS[flags.objective], "weights": flags.trl_weights}
     job = write_job(flags, pairs, folder, more | {"padding_free": padding_free})
-    start(ROOT / "bench" / "peer.py", job, folder / "result.json")
-    return json.loads((folder / "result.json").read_text())
+    result, steps = folder / "result.json", folder / "steps"
+    start(ROOT / "bench" / "peer.py", job, result, watch=watch, steps=steps)
+    return json.loads(result.read_text())
 
 
 def switch_run(flags: argparse.Namespace, pairs: list[Pair], variant: str, folder: Path) -> Run:
@@ -157,13 +177,34 @@ def write_job(
     return folder / "job.json"
 
 
-def start(script: Path, *arguments: str | Path) -> str:
-    """Return what a Python script prints; exit if it fails."""
+def start(
+    script: Path, *arguments: str | Path, watch: Watch | None = None, steps: Path | None = None
+) -> str:
+    """Return what a Python script prints; exit if it fails.
+
+    watch: looks at the process, which adds a line to the file `steps` at the end of every step.
+
+    Raises:
+        Stopped: the watch stopped it, or it ran out of memory under a watch.
+    """
     command = [sys.executable, script, *arguments]
-    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process:
+        while True:
+            try:
+                printed, errors = process.communicate(timeout=0.2 if watch else None)
+                break
+            except subprocess.TimeoutExpired:
+                try:
+                    watch.look(process.pid, steps)
+                except Stopped:
+                    process.kill()
+                    raise
+    if watch and (process.returncode == -signal.SIGKILL or "OutOfMemoryError" in errors):
+        watch.peak_gib = math.inf
+        raise Stopped("it ran out of memory")
     if process.returncode:
-        sys.exit(f"compare.py: {script} failed:\n{process.stderr[-2000:]}")
-    return process.stdout
+        sys.exit(f"compare.py: {script} failed:\n{errors[-2000:]}")
+    return printed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +364,11 @@ def describe(flags: argparse.Namespace, pairs: list[Pair], many: list[Pair]) -> 
     prompt = statistics.median(len(pair.prompt) for pair in pairs)
     chosen, rejected = (statistics.median(len(pair.responses[i]) for pair in pairs) for i in (0, 1))
     mean = sum(pair.tokens for pair in pairs) / len(pairs)
-    passes = -(-flags.batch_size // flags.microbatch)
+    n = -(-flags.batch_size // flags.microbatch)
+    passes = f"{n} forward pass{'es' * (n != 1)} per step (ours: at most "
+    passes += f"{flags.microbatch_tokens} tokens each)"
+    if flags.best:
+        passes = f"at most {flags.memory_cap:.2f} GiB"
     config = read_config(flags.model)
 
     def padding(pairs: list[Pair]) -> float:
@@ -334,10 +379,9 @@ def describe(flags: argparse.Namespace, pairs: list[Pair], many: list[Pair]) -> 
 
     python bench/compare.py {shlex.join(sys.argv[1:])}
 
-{flags.steps} steps of {flags.batch_size} pairs, the first not counted; {passes} forward \
-pass{"es" * (passes != 1)} per step (ours: at most {flags.microbatch_tokens} tokens each). Median \
-tokens: {prompt:.0f} per prompt, {chosen:.0f} chosen, {rejected:.0f} rejected; mean per pair: \
-{mean:.0f}. Padding to rows takes {padding(pairs[flags.batch_size :]):.2f} times the \
+{flags.steps} steps of {flags.batch_size} pairs, the first not counted; {passes}. Median tokens: \
+{prompt:.0f} per prompt, {chosen:.0f} chosen, {rejected:.0f} rejected; mean per pair: {mean:.0f}. \
+Padding to rows takes {padding(pairs[flags.batch_size :]):.2f} times the \
 floating-point operations in the counted steps ({padding(many):.2f} over {len(many)} pairs of \
 this kind).
 
@@ -384,6 +428,97 @@ def field(
 
 
 # --------------------------------------------------------------------------------------------------
+# Each side at its best
+
+KEPT = {  # what backward reads instead of computing it again, from the least memory to the most
+    "attention kept": "--keep-products none",
+    "attention's products kept": "--keep-products attention",
+    "all products kept": "--keep-products all",
+    "no checkpointing": "--no-activation-checkpointing",
+}
+
+
+def ours_with(flags: argparse.Namespace, pairs_file: Path, kept: str, tokens: int) -> Contender:
+    more = f"--microbatch-tokens {tokens} {KEPT[kept]} {flags.ours[0]}"
+    work = partial(our_run, flags, pairs_file, flags.objective, flags.reference, more)
+    return Contender(f"this project, {tokens:,} tokens per pass, {kept}", work)
+
+
+def trl_with(
+    flags: argparse.Namespace, pairs: list[Pair], checkpointing: bool, padding: bool, count: int
+) -> Contender:
+    changes = {"activation_checkpointing": checkpointing, "microbatch": count}
+    changed = argparse.Namespace(**vars(flags) | changes)
+    name = f"TRL, {count} pair{'s' * (count > 1)} per pass"
+    name += ", padding_free" * (not padding) + ", no checkpointing" * (not checkpointing)
+    return Contender(name, partial(trl_run, changed, pairs, not padding))
+
+
+def searched_run(
+    flags: argparse.Namespace,
+    counted: int,
+    side: Callable[..., Contender],
+    tried: list[str],
+    settings: tuple,
+    rival: list[float],
+) -> Run:
+    """Run a side with these settings for its `Search`; add a line on the outcome to `tried`.
+
+    counted: pairs of the steps after the warm-up.
+    """
+    contender = side(*settings)
+    watch = Watch(math.inf if flags.device == "cuda" else flags.memory_cap, rival)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = contender.run(Path(folder), watch=watch)
+    except Stopped as e:
+        run = {"unavailable": str(e), "peak_gib": watch.peak_gib}
+    if "unavailable" in run:
+        run, outcome = {"peak_gib": 0.0} | run, f"stopped, {run['unavailable']}"
+    else:
+        run |= {"pairs": counted / sum(run["seconds"][1:]), "ends": watch.ends}
+        outcome = f"{run['pairs']:.4f} pairs/s, {run['peak_gib']:.2f} GiB"
+    tried.append(f"- {contender.name}: {outcome}")
+    print(tried[-1], file=sys.stderr)
+    return run
+
+
+def best_of_each(
+    flags: argparse.Namespace, pairs_file: Path, pairs: list[Pair]
+) -> tuple[list[Contender], list[tuple[int, int]], list[str]]:
+    """Search both sides; return the fastest of each, who is compared, and a line for every run.
+
+    Ours are the fastest within the memory that the fastest of TRL takes, and within any memory.
+    """
+    sizes = [pair.tokens for pair in pairs]
+    steps = [sum(sizes[i : i + flags.batch_size]) for i in range(0, len(sizes), flags.batch_size)]
+    budgets = [2048]
+    while budgets[-1] < max(steps):
+        budgets.append(2 * budgets[-1])
+    counts = [n for n in range(1, flags.batch_size + 1) if flags.batch_size % n == 0]
+    paddings = [False, True] if flags.objective == "dpo" and flags.device == "cuda" else [True]
+    tried: list[str] = []
+
+    def search(side: Callable[..., Contender], *axes: list) -> Search:
+        counted = len(pairs) - flags.batch_size
+        return Search([*axes], partial(searched_run, flags, counted, side, tried))
+
+    trl_side, our_side = partial(trl_with, flags, pairs), partial(ours_with, flags, pairs_file)
+    trl = search(trl_side, [True, False], paddings, counts)
+    ours = search(our_side, list(KEPT), budgets)
+    trl_best = trl.fastest((0, len(paddings) - 1, counts.index(flags.microbatch)), flags.memory_cap)
+    if trl_best is None:
+        sys.exit(f"compare.py: TRL does not fit into --memory-cap {flags.memory_cap:.2f}")
+    start = 0, sum(budget < flags.microbatch_tokens for budget in budgets[:-1])
+    within = ours.fastest(start, trl.runs[trl_best]["peak_gib"])
+    anywhere = ours.fastest(within or start, flags.memory_cap)
+    points = dict.fromkeys(point for point in (within, anywhere) if point)
+    contenders = [our_side(*ours.settings(point)) for point in points]
+    contenders += [trl_side(*trl.settings(trl_best))]
+    return contenders, [(i, len(points)) for i in range(len(points))], tried
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -414,6 +549,10 @@ def read_flags() -> argparse.Namespace:
     add("--peer", text, choices=("trl", "self"), default="trl")
     text = "instead: from a padded rectangle to this project, switch by switch"
     add("--switches", text, action="store_true")
+    text = "instead: the fastest settings of each side, searched for"
+    add("--best", text, action="store_true")
+    text = "most memory of a run in --best (default: four fifths of the device's)"
+    add("--memory-cap", text, type=float, metavar="GIB")
     add("--dtype", "default: fp32", choices=dtypes, default="fp32")
     text = "dtype of TRL's weights (default: fp32)"
     add("--trl-weights", text, choices=dtypes, default="fp32")
@@ -421,8 +560,8 @@ def read_flags() -> argparse.Namespace:
     add("--device", text, choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     add("--max-length", "tokens of prompt plus response (default: 1024)", default=1024, **number)
     add("--batch-size", "pairs per step (default: 8)", default=8, **number)
-    add("--microbatch", "pairs per forward pass of the peer (default: 2)", default=2, **number)
-    text = "ours; default: the smallest that takes no more passes per step"
+    add("--microbatch", "pairs per forward pass of the peer (default: 2; --best: 1)", **number)
+    text = "ours; default: the smallest that takes no more passes per step (--best: 8192)"
     add("--microbatch-tokens", text, **number)
     add("--activation-checkpointing", "on both sides", action=both, default=True)
     add("--steps", "steps per run; the first is a warm-up (default: 4)", default=4, **number)
@@ -434,6 +573,10 @@ def read_flags() -> argparse.Namespace:
     add("--ours", text, action="append", metavar="FLAGS")
     flags = parser.parse_args()
     flags.ours = flags.ours or [""]
+    flags.microbatch = flags.microbatch or (1 if flags.best else 2)
+    flags.memory_cap = flags.memory_cap or 0.8 * memory_gib(flags.device)
+    if flags.best:
+        flags.microbatch_tokens = flags.microbatch_tokens or 8192
     if flags.random and not flags.shape:
         parser.error("--random needs --shape: it has the toy's tokenizer, made for no data set")
     if flags.batch_size % flags.microbatch:
@@ -441,6 +584,12 @@ def read_flags() -> argparse.Namespace:
     if flags.steps < 2:
         parser.error("--steps: the first step is a warm-up, so at least 2 are needed")
     return flags
+
+
+def memory_gib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def write_pairs(flags: argparse.Namespace, pairs_file: Path) -> tuple[list[Pair], list[Pair]]:
@@ -469,15 +618,21 @@ def main() -> None:
             flags.microbatch_tokens = flags.microbatch_tokens or microbatch_tokens(
                 pairs, flags.batch_size, flags.microbatch
             )
-            head = describe(flags, pairs, many)
-            result = compare(flags, pairs, *field(flags, pairs_file, pairs))
+            head, tried = describe(flags, pairs, many), []
+            if flags.best:
+                *who, tried = best_of_each(flags, pairs_file, pairs)
+            else:
+                who = field(flags, pairs_file, pairs)
+            result = compare(flags, pairs, *who)
     except InputError as e:
         sys.exit(f"compare.py: error: {e}")
+    if tried:
+        result += "\n\nThe search ran:\n\n" + "\n".join(tried)
     print(head + result)
     if flags.out:
         what = "SimPO and DPO"
         if flags.peer == "trl":
-            what = f"{flags.objective}, this project and TRL"
+            what = f"{flags.objective}, this project and TRL" + ", each at its best" * flags.best
         if flags.switches:
             what = "Switch by switch"
         on = flags.shape or Path(flags.data).name

@@ -159,6 +159,8 @@ def timed_run(job: dict) -> dict:
 
         def on_step_end(self, *_, **__):
             self.seconds.append(self.now() - self.start)
+            with open(Path(job["folder"]) / "steps", "a") as file:
+                file.write("\n")  # compare.py watches it
 
     no_text = {"prompt": "", "chosen": "", "rejected": ""}
     pairs = [

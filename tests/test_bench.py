@@ -5,10 +5,12 @@ Both sides get the same tokens and compute the same log-probabilities; ratios fo
 
 import argparse
 import ast
+import os
 import runpy
 import sys
 from pathlib import Path
 
+import best
 import compare
 import limits
 import numpy as np
@@ -232,3 +234,133 @@ def test_only_an_objective_with_a_reference_is_given_one(objective, given, monke
     flags = flags_of(max_length=64, microbatch_tokens=64, shape=None, activation_checkpointing=True)
     compare.our_run(flags, tmp_path / "pairs.jsonl", objective, "cached", "", tmp_path)
     assert ("--reference=cached" in started) is given
+
+
+# The search for each side's best. Made-up speeds; memory is the sum of what the settings take.
+
+
+def search(speeds: dict[str, float], *axes: str) -> best.Search:
+    """Return a search over letters: a setting takes as many GiB as its letter's place in the axis.
+
+    speeds: by the settings' letters; all others are slow, and stopped where there is a rival.
+    """
+
+    def measure(settings: tuple, rival: list[float]) -> dict:
+        peak = sum(axis.index(value) for axis, value in zip(axes, settings))
+        speed = speeds.get("".join(settings), 0.1)
+        if speed == 0.1 and rival:
+            return {"unavailable": "it is clearly slower", "peak_gib": 0.5}
+        return {"pairs": speed, "peak_gib": float(peak), "ends": [1.0]}
+
+    return best.Search([list(axis) for axis in axes], measure)
+
+
+def test_the_search_finds_the_fastest_within_each_limit_and_repeats_nothing():
+    speeds = {"Aa": 1.0, "Ba": 1.2, "Ca": 1.3, "Cb": 1.5, "Db": 1.6, "Da": 1.1}
+    found = search(speeds, "ABCD", "abc")
+    assert found.settings(found.fastest((0, 0), 2)) == ("C", "a")
+    few = set(found.runs)
+    assert len(few) == 6  # Aa Ba Ca, then Da and Cb pass the limit, as does less of the other axis
+    assert found.settings(found.fastest((2, 0), 9)) == ("D", "b")
+    assert few < set(found.runs) and (3, 2) in found.runs
+
+
+def test_a_step_that_does_not_fit_gives_up_another_setting():
+    found = search({"Ab": 1.0, "Ba": 1.4, "Aa": 0.9, "Bb": 2.0}, "AB", "ab")
+    assert found.settings(found.fastest((0, 1), 1)) == ("B", "a")
+
+
+def test_a_start_that_does_not_fit_is_lowered_until_it_does():
+    found = search({"Aa": 1.0, "Ba": 1.2, "Ca": 1.4}, "ABC", "ab")
+    assert found.settings(found.fastest((2, 1), 1)) == ("B", "a")
+    assert (0, 0) in found.runs and (2, 0) in found.runs
+    assert found.fastest((2, 1), -1) is None
+
+
+def test_nothing_runs_that_holds_more_than_what_did_not_fit():
+    speeds = {a + b: 1.0 + i for i, (a, b) in enumerate(zip("ABCD" * 4, "aaaabbbbccccdddd"))}
+    found = search(speeds, "ABCD", "abcd")
+    found.fastest((0, 0), 1)
+    too_large = [point for point in found.runs if sum(point) > 1]
+    assert all(sum(point) == 2 for point in too_large)
+
+
+def test_noise_is_no_reason_to_take_more_memory():
+    found = search({"A": 1.0, "B": 1.01, "C": 1.5}, "ABC")
+    assert found.fastest((0,), 9) == (0,)
+
+
+@pytest.mark.parametrize(
+    "rival, most_gib, seconds, reason",
+    [
+        ([], 99, 100.0, None),
+        ([90.0, 150.0], 99, 90.0, None),  # in time: 1.05 × 90 s and 2 s
+        ([50.0, 150.0], 99, 60.0, "clearly slower"),  # its first step still runs
+        ([], 1e-6, 1.0, "more than 0.00 GiB"),
+    ],
+)
+def test_a_run_is_stopped_when_its_outcome_is_clear(
+    rival, most_gib, seconds, reason, monkeypatch, tmp_path
+):
+    watch = best.Watch(most_gib, rival)
+    monkeypatch.setattr(best.time, "perf_counter", lambda: watch.started + seconds)
+    monkeypatch.setattr(best, "resident_gib", lambda pid: 0.1)
+    if reason is None:
+        return watch.look(1, tmp_path / "steps")
+    with pytest.raises(best.Stopped, match=reason):
+        watch.look(1, tmp_path / "steps")
+
+
+def test_ends_are_those_of_the_lines_so_far(monkeypatch, tmp_path):
+    watch, now = best.Watch(99, [10.0, 20.0]), iter([9.0, 12.0, 23.5])
+    monkeypatch.setattr(best.time, "perf_counter", lambda: watch.started + next(now))
+    for lines in ("x\n", "x\nhalf"):
+        (tmp_path / "steps").write_text(lines)
+        watch.look(os.getpid(), tmp_path / "steps")
+    assert watch.ends == [9.0] and watch.peak_gib > 0.01
+    with pytest.raises(best.Stopped, match="slower"):
+        watch.look(os.getpid(), tmp_path / "steps")
+
+
+def test_a_stopped_process_is_gone(tmp_path):
+    (tmp_path / "sleep.py").write_text("import time\ntime.sleep(60)\n")
+    watch = best.Watch(1e-6, [])
+    with pytest.raises(best.Stopped):
+        compare.start(tmp_path / "sleep.py", watch=watch, steps=tmp_path / "steps")
+    (tmp_path / "fail.py").write_text("raise MemoryError\n")
+    with pytest.raises(SystemExit, match="MemoryError"):
+        compare.start(tmp_path / "fail.py", watch=best.Watch(99, []), steps=tmp_path / "steps")
+
+
+def test_best_compares_the_fastest_of_both_sides(monkeypatch, tmp_path):
+    """Within the memory of TRL's best and at any; the starts are one pair and 4,096 tokens."""
+    monkeypatch.setattr(compare, "gemm_flops", lambda *_: 1e9)
+
+    def ran(speed: float, peak: float) -> dict:
+        return {"seconds": [9.0, 1 / speed], "peak_gib": peak, "loss": 0.5, "logps": [-1.0, -2.0]}
+
+    def trl(flags, pairs, padding_free, folder, watch=None) -> dict:
+        kept = not flags.activation_checkpointing
+        return ran(2.0 + kept - 0.5 * flags.microbatch, 3.0 + kept * flags.microbatch)
+
+    def ours(flags, pairs_file, objective, reference, more, folder, watch=None) -> dict:
+        place = [flag in more for flag in compare.KEPT.values()].index(True)
+        return ran(4.0 + place, 2.0 + 0.9 * place)
+
+    monkeypatch.setattr(compare, "trl_run", trl)
+    monkeypatch.setattr(compare, "our_run", ours)
+    changes = {"memory_cap": 9.0, "microbatch": 1, "microbatch_tokens": 4096, "ours": [""]}
+    changes |= {"objective": "simpo", "reference": "online", "rounds": 1}
+    flags = flags_of(**changes)
+    pairs = pairs_of((5, 6, 4), (5, 6, 4))
+    contenders, comparisons, tried = compare.best_of_each(flags, tmp_path / "pairs.jsonl", pairs)
+    names = [contender.name for contender in contenders]
+    assert names == [
+        "this project, 2,048 tokens per pass, all products kept",
+        "this project, 2,048 tokens per pass, no checkpointing",
+        "TRL, 1 pair per pass, no checkpointing",
+    ]
+    table = compare.compare(flags, pairs, contenders, comparisons)
+    assert f"{names[0]} : {names[2]}: pairs/s × 2.40" in table
+    assert f"{names[1]} : {names[2]}: pairs/s × 2.80" in table
+    assert len(tried) == len(set(tried)) == 6
