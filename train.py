@@ -40,7 +40,7 @@ from formats.progress import Progress
 from methods.objectives import OBJECTIVES, pair_losses
 from model import Llama, to_device, train_flops
 from runtime.inputs import Inputs, dry_run, open_inputs
-from runtime.plan import print_plan
+from runtime.plan import fit_to_memory, print_plan
 from runtime.processes import agree, make_mesh, start_ranks, trim_freed_memory
 from runtime.reference import Reference, make_reference
 from runtime.run import Run, report_errors, warn_of_failure
@@ -153,14 +153,14 @@ def train(settings: Settings) -> dict:
     """Run one training, from reading to saving.
 
     Returns its paths "out" and "model", its number of "steps", and the evaluations "before" and
-    "after" it. Call it on all ranks; without torchrun, this process is the only one. It may be
-    called again with other settings.
+    "after" it. Call it on all ranks; without torchrun there is one. It may be called again.
     """
     device = start_ranks(settings)
     settings = settings.resolved(device.type)
     mesh = make_mesh(settings, device)
     with Run(settings, device) as run:
         inputs = open_inputs(settings, device)
+        fit_to_memory(settings, inputs, device)
         policy = agree(lambda: build_model(inputs, mesh, settings, trainable=True))
         optimizer = make_optimizer(policy, settings)
         run.open(inputs, policy, optimizer)

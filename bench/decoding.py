@@ -56,14 +56,15 @@ def theirs(
     model: Any, prompts: list[list[int]], batch_size: int, stop_ids: set[int], max_new_tokens: int
 ) -> Answers:
     """Return the new tokens of every prompt, from transformers."""
-    answers = []
+    answers, device = [], model.device
     model.generation_config.eos_token_id = sorted(stop_ids) or None
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": 0}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+        rows = [[0] * (width - len(prompt)) + prompt for prompt in batch]
+        ids = torch.tensor(rows, device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
         generated = model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
         answers += [cut(tokens, stop_ids) for tokens in generated]
     return answers

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data import Pair, micro_batches
 from formats.authors import encoder
@@ -38,8 +39,9 @@ from formats.hub import at_hand
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, Llama, train_flops
-from runtime.inputs import all_steps, encode_usable, join_blocks, read_blocks
-from runtime.settings import PlanOptions, Settings
+from runtime.inputs import Inputs, all_steps, encode_usable, join_blocks, read_blocks
+from runtime.processes import free_memory, print0
+from runtime.settings import AUTO, PlanOptions, Settings
 
 GIB = 2**30
 SAMPLE, STEPS = 2000, 20  # pairs that are tokenized for their lengths, steps that are laid out
@@ -53,6 +55,7 @@ PROMPT_AND_RESPONSE, PROMPT_TO_RESPONSE = 409, 0.42
 # Linux), and the share of freed memory that glibc keeps (bench/plan_check.py).
 RUNTIME = {"cuda": 1.5 * GIB, "cpu": 0.31 * GIB}
 SLACK = {"cuda": 0.05, "cpu": 0.03}
+SHARE = 0.8  # of the free memory that `auto` plans with: no plan has been held to a GPU yet
 
 PERSISTENT = "parameters", "gradients", "optimizer", "reference"  # through the whole step
 TEMPORARY = "gathered weights", "unsharded gradients", "activations", "log-prob tile"
@@ -111,7 +114,7 @@ class Plan:
     """Holds all that `--plan` prints: sizes in bytes, lengths in tokens, times in seconds."""
 
     machine: Machine
-    dtype: str
+    settings: Settings  # without auto
     parameters: int
     pairs: str  # where the lengths come from
     phases: dict[str, Items]  # of backward
@@ -349,6 +352,54 @@ def largest_microbatch(
     return low
 
 
+def resolve_auto(
+    config: Config, settings: Settings, machine: Machine, steps: list[list[Pair]]
+) -> Settings:
+    """Return a copy with what auto means for `--microbatch-tokens` and `--keep-products`.
+
+    That is what fits in `SHARE` of the machine's memory. Kept products, which spare recomputation,
+    come before micro-batches that are larger than usual. Where nothing fits, it is the least.
+
+    steps: the pairs of some steps, with the largest step and the longest pair among them.
+    """
+    tokens, kept = settings.microbatch_tokens, settings.keep_products
+    if "auto" not in (tokens, kept):
+        return settings
+    load = Load.of(max(steps, key=lambda step: sum(pair.tokens for pair in step)))
+    longest = max(pair.tokens for step in steps for pair in step)
+    # What holds a whole step: shares of GPUs are equal to within a pair.
+    most = math.ceil(load.tokens / machine.gpus) + longest * (machine.gpus > 1)
+    usual = Settings.microbatch_tokens if tokens == "auto" else tokens
+    room = replace(machine, memory=SHARE * machine.memory)
+    for policy in ("all", "attention", "none") if kept == "auto" else (kept,):
+        settings = replace(settings, keep_products=policy)
+        largest = largest_microbatch(config, settings, room, load, most)
+        if largest >= min(most, max(longest, usual)):
+            break
+    return replace(
+        settings, microbatch_tokens=max(largest, longest) if tokens == "auto" else tokens
+    )
+
+
+def fit_to_memory(settings: Settings, inputs: Inputs, device: torch.device) -> None:
+    """Replace auto in the settings by what should fit on every rank, and print it.
+
+    Call it on all ranks, before the model takes memory.
+    """
+    names = [name for name in AUTO if getattr(settings, name) == "auto"]
+    if not names:
+        return
+    machine = Machine(device.type, "", dist.get_world_size(), free_memory(device), None)
+    sizes = np.array([pair.tokens for pair in inputs.pairs])
+    largest = max(inputs.steps, key=lambda step: sizes[step].sum())
+    steps = [[inputs.pairs[i] for i in indices] for indices in (largest, [sizes.argmax()])]
+    fitting = resolve_auto(inputs.config, settings, machine, steps)
+    for name in names:
+        setattr(settings, name, getattr(fitting, name))
+    chosen = ", ".join(f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in names)
+    print0(f"auto: {chosen}, which fits in {SHARE:.0%} of the {machine.memory / GIB:.1f} GiB free")
+
+
 # --------------------------------------------------------------------------------------------------
 # The run to plan: its model, pairs, machine and steps
 
@@ -487,23 +538,24 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
     config = read_config(folder)
     pairs, count, origin = pairs_to_plan_with(settings, options.plan_tokens_per_pair, folder)
     steps, total_steps = first_steps(settings, pairs, count)
+    longest = [max(pairs, key=lambda pair: pair.tokens)]
+    settings = resolve_auto(config, settings, machine, [*steps, longest])
     cost = partial(train_flops, config)
     rounds = [micro_batches(step, gpus, settings.microbatch_tokens, cost) for step in steps]
     loads = [Load.of(share) for step in rounds for share in itertools.chain(*step)]
-    longest = Load.of([max(pairs, key=lambda pair: pair.tokens)])
     # A run of more steps than were laid out may meet its longest pair alone in a micro-batch.
-    candidates = loads + [longest] * (total_steps != len(steps))
+    candidates = loads + [Load.of(longest)] * (total_steps != len(steps))
     fullest = max(candidates, key=lambda load: load.tokens)
 
     phases = memory(config, settings, machine, fullest)
     on_gpu = worst(memory(config, replace(settings, offload=False), machine, fullest))
     sizes = [sum(pair.tokens for pair in step) for step in steps]
-    most = int(max(math.ceil(max(sizes) / gpus), longest.tokens))
+    most = max(math.ceil(max(sizes) / gpus), longest[0].tokens)
     largest = largest_microbatch(config, settings, machine, fullest, most)
     flops = step_flops(config, settings, steps)
     return Plan(
         machine=machine,
-        dtype=settings.dtype,
+        settings=settings,
         parameters=Layout.of(config, settings, machine).whole,
         pairs=origin,
         phases=phases,
@@ -511,7 +563,7 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
         on_host=sum(on_gpu[name] for name in PERSISTENT),
         load=fullest,
         microbatches=max(map(len, rounds)),
-        largest=largest if largest >= longest.tokens else 0,
+        largest=largest if largest >= longest[0].tokens else 0,
         most=most,
         step_pairs=len(steps[0]),
         step_tokens=sum(sizes) / len(sizes),
@@ -536,8 +588,9 @@ def memory_savers(settings: Settings) -> list[str]:
 def print_plan(settings: Settings, options: PlanOptions) -> None:
     """Print the plan of a run. Raises InputError as `make_plan` does."""
     plan = make_plan(settings, options)
-    machine = plan.machine
-    print(f"{settings.model}: {plan.parameters:,} parameters; {settings.objective}, {plan.dtype}")
+    machine, settings = plan.machine, plan.settings
+    kind = f"{settings.objective}, {settings.dtype}"
+    print(f"{settings.model}: {plan.parameters:,} parameters; {kind}")
     gpus = f"{machine.gpus} × {machine.name} of {machine.memory / GIB:.0f} GiB"
     print(f"{gpus}\npairs: {plan.pairs}\n")
     print("\n".join([*memory_lines(plan, settings), "", *step_lines(plan, settings, options)]))
@@ -563,6 +616,7 @@ def memory_lines(plan: Plan, settings: Settings) -> Iterable[str]:
 def step_lines(plan: Plan, settings: Settings, options: PlanOptions) -> Iterable[str]:
     """Yield what a step takes: micro-batches, work and time."""
     machine, limit = plan.machine, f"--microbatch-tokens {settings.microbatch_tokens}"
+    limit += f" --keep-products {settings.keep_products}" * (settings.keep_products != "none")
     fullest = f"{plan.microbatches}, the fullest of {plan.load.tokens:,.0f} tokens ({limit})"
     size = f"{plan.step_pairs} pairs, {plan.step_tokens:,.0f} tokens"
     yield f"step          {size}; micro-batches of each {each(plan)}: {fullest}"

@@ -25,6 +25,7 @@ from runtime.settings import Settings
 # How long ranks wait for each other before they give up. One may have to read a lot while others
 # wait; NCCL's own 10 minutes are too short for that.
 TIMEOUT = timedelta(minutes=30)
+FLASH_RUNS_ON = {3: (9,), 4: (9, 10)}  # version of FlashAttention → major compute capabilities
 AGREED = "raised on every rank"  # a note on an error
 
 # --------------------------------------------------------------------------------------------------
@@ -37,12 +38,13 @@ def start_ranks(settings: Settings) -> torch.device:
     Without torchrun, this process forms a group of one. A process that has joined stays joined.
 
     Raises:
-        DataError: this machine has fewer GPUs than ranks.
+        DataError: this machine has fewer GPUs than ranks, or not the FlashAttention of `--flash`.
     """
     available = "cuda" if torch.cuda.is_available() else "cpu"
     kind = available if settings.device == "auto" else settings.device
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    use_flash(settings.flash, device)
     if dist.is_initialized():
         return device
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -77,6 +79,32 @@ def start_ranks(settings: Settings) -> torch.device:
     ours = signals.LAUNCHER, os.getpid()
     signals.peers[:] = [process for launcher, process in gather(ours) if launcher == ours[0]]
     return device
+
+
+def use_flash(version: int, device: torch.device) -> None:
+    """Make this version of FlashAttention the one that torch calls; 2 is torch's own.
+
+    Raises:
+        DataError: the device, torch or an installed package lacks it.
+    """
+    from torch.nn import attention
+
+    name, flag = f"FA{version}", f"--flash {version}"
+    if version == 2:
+        if attention.current_flash_attention_impl():
+            attention.restore_flash_attention_impl()
+    elif device.type != "cuda":
+        raise DataError(f"{flag}: needs a GPU")
+    elif (major := torch.cuda.get_device_capability(device)[0]) not in FLASH_RUNS_ON[version]:
+        able = " or ".join(map(str, FLASH_RUNS_ON[version]))
+        gpu = torch.cuda.get_device_name(device)
+        raise DataError(f"{flag}: needs compute capability {able}, and {gpu} has {major}")
+    elif attention.current_flash_attention_impl() != name:
+        try:
+            attention.activate_flash_attention_impl(name)
+        except Exception as e:  # whatever an absent or half-built package raises
+            what = f"{flag}: not usable here: {type(e).__name__}: {e}"
+            raise DataError(f"{what}; install it, or leave {flag} out") from None
 
 
 def make_mesh(settings: Settings, device: torch.device) -> DeviceMesh:
@@ -239,6 +267,22 @@ def multiplies_bf16(device: torch.device) -> bool:
     """
     mkldnn = torch.backends.mkldnn.is_available()
     return device.type != "cpu" or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that every rank may take: the smallest of what is free on their devices.
+
+    The ranks of a machine share its memory evenly on a CPU.
+    """
+    if device.type == "cuda":
+        mine = float(torch.cuda.mem_get_info(device)[0])
+    else:
+        mine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        with contextlib.suppress(OSError), open("/proc/meminfo") as lines:  # no Linux
+            fields = dict(line.split(":") for line in lines)
+            mine = float(fields["MemAvailable"].split()[0]) * 1024
+        mine /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(gather(mine))
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -24,10 +24,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ from runtime.processes import (
     out_of_memory,
     print0,
 )
-from runtime.settings import Settings
+from runtime.settings import AUTO, Settings
 
 Metrics = dict[str, float]
 
@@ -86,6 +86,13 @@ class Run:
             settings.out, settings.resume = str(out), "auto"
         on_rank_0(lambda: check_output_folder(settings))
         settings.date = on_rank_0(lambda: settings.date or day_of_run(settings))
+        self.auto = {name for name in AUTO if getattr(settings, name) == "auto"}
+        self.hardware = {"processes": dist.get_world_size(), "device": name_of(device)}
+        chosen, self.too_many = on_rank_0(lambda: chosen_before(settings, self.auto, self.hardware))
+        for name, value in chosen.items():
+            setattr(settings, name, value)
+            print0(f"--{name.replace('_', '-')} auto: {value}, as config.json of OUT says")
+        self.begun = False  # is OUT this run's already?
 
     def __enter__(self) -> "Run":
         return self
@@ -93,16 +100,18 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         """Unlock the output folder. Note on a KeyboardInterrupt what is saved.
 
-        Leave a note of an error that would come again in OUT, if OUT is this run's already.
+        Leave a note of an error that would come again in OUT, if OUT is this run's already. Lack of
+        memory does not come again if `--microbatch-tokens auto` can take half.
         """
         self.files.close()
         if error and self.settings.out:
             out = Path(self.settings.out)
             if isinstance(error, KeyboardInterrupt):
                 error.add_note(what_is_saved(out))
-            elif hasattr(self, "before") and would_repeat(error):
-                with contextlib.suppress(OSError):
-                    (out / "failed").write_text(f"{error}", encoding="utf-8")
+            elif self.begun and would_repeat(error):
+                with contextlib.suppress(OSError, CheckpointError):
+                    if not self._halve(out, error):
+                        (out / "failed").write_text(f"{error}", encoding="utf-8")
 
     def open(self, inputs: Inputs, policy: Llama, optimizer: torch.optim.AdamW) -> None:
         """Lock the output folder until the run ends, and find what to resume from.
@@ -142,6 +151,7 @@ class Run:
             resume.load_checkpoint(self.resumed, self.policy, self.optimizer, others, saved)
             print0(f"resumed from {self.resumed}")
         on_rank_0(self._reset_output_folder)
+        self.begun = True
         self.writers = open_writers(self) if self.metrics_file else []
         print0(self._headline())
         self.before = self.state["before"] if self.resumed else self.evaluate(0)
@@ -243,6 +253,30 @@ class Run:
 
     # -- parts of the above
 
+    def _halve(self, out: Path, error: BaseException) -> bool:
+        """Let the next start take half of `--microbatch-tokens`, once; return True if it will.
+
+        The rank without memory cannot ask the others: they wait for it, in the middle of a step, in
+        a collective that it will not join. So it writes what the restarted ranks will read. If
+        several ranks do, they write the same.
+        """
+        tokens = self.settings.microbatch_tokens
+        if not out_of_memory(error) or "microbatch_tokens" not in self.auto:
+            return False
+        if self.too_many:
+            less = "pass fewer, or what --plan says saves memory"
+            error.add_note(f"half of --microbatch-tokens {self.too_many} is too much, too: {less}")
+            return False
+        config = read_json(out / "config.json", CheckpointError)
+        config["settings"]["microbatch_tokens"] = max(1, tokens // 2)
+        config["too_many_tokens"] = tokens
+        temporary = out / f"config.json.{dist.get_rank()}"
+        temporary.write_text(dump_json(config, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(out / "config.json")
+        half = f"--microbatch-tokens {max(1, tokens // 2)} instead of {tokens}"
+        error.add_note(f"the same command with {_out_flag(out)} will take {half}")
+        return True
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         return resume.training_tensors(self.policy, self.optimizer) | self._reference_tensors
 
@@ -289,9 +323,6 @@ class Run:
         """Return what config.json holds."""
         inputs, settings = self.inputs, self.settings
         asked = {"gamma": settings.gamma, "resume": self.asked_to_resume}
-        device = platform.processor() or "cpu"
-        if self.device.type == "cuda":
-            device = torch.cuda.get_device_name(self.device)
         packages = ("torch", "numpy", "safetensors", "tokenizers")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
         return {
@@ -302,9 +333,10 @@ class Run:
             "parameters": sum(p.numel() for p in self.policy.parameters()),
             **inputs.counts,
             "steps": len(inputs.steps),
-            "processes": dist.get_world_size(),
+            **self.hardware,
+            "auto": sorted(self.auto),
+            "too_many_tokens": self.too_many,
             "launcher": self.launcher,
-            "device": device,
             "versions": versions,
         }
 
@@ -391,6 +423,36 @@ def continued_run(settings: Settings, launcher: str, restarted: bool) -> tuple[P
             if given and begun and not finished and resume.checkpoints(out):
                 return out, False
     return None, False
+
+
+def chosen_before(
+    settings: Settings, auto: set[str], hardware: dict
+) -> tuple[dict[str, Any], int | None]:
+    """Return what auto means in the unfinished run in OUT, and with how many tokens memory failed.
+
+    Another number of ranks, another device, or other settings than those of the output: ({}, None).
+    """
+    out = Path(settings.out or os.devnull)
+    if not auto or (out / "model").exists():
+        return {}, None
+    try:
+        found = read_json(out / "config.json", CheckpointError)
+    except CheckpointError:
+        return {}, None
+    names = [f.name for f in fields(Settings)]
+    same = {*names[: names.index("out")]} - {*AUTO, "date"}  # all that could need memory, and more
+    begun, now = found.get("settings", {}), asdict(settings)
+    if not auto <= {*found.get("auto", ())} or any(begun.get(name) != now[name] for name in same):
+        return {}, None
+    if any(found.get(name) != value for name, value in hardware.items()):
+        return {}, None
+    return {name: begun[name] for name in sorted(auto)}, found.get("too_many_tokens")
+
+
+def name_of(device: torch.device) -> str:
+    """Return the name of a GPU, or of this machine's kind of processor."""
+    gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if gpu else platform.processor() or "cpu"
 
 
 def day_of_run(settings: Settings) -> str:
@@ -568,7 +630,7 @@ def print_error(program: str, error: BaseException) -> None:
     elif not expected(error):
         text, shared = "".join(traceback.format_exception(error)), False
     elif out_of_memory(error):
-        advice = "lower --microbatch-tokens, or --batch-size"
+        advice = "; ".join(notes) or "lower --microbatch-tokens, or --batch-size"
         text, shared = f"{program}: error: {out_of_memory(error)}; {advice}", False
     else:
         text = f"{program}: error: {error}"

@@ -73,12 +73,14 @@ def option(
     metavar: str | None = None,
     section: str | None = None,
     may_change: bool = False,
+    auto: bool = False,
 ) -> Any:
     """Describe one setting: a field of a dataclass, with `help` and its rules as metadata.
 
     choices, least (≥), above (>), below (<), most (≤): which values are accepted.
     section: the heading that starts with this setting in `--help`.
     may_change: a run may resume with another value; the result stays the same up to rounding.
+    auto: the word auto is accepted instead of a number; something else must resolve it.
     """
     metadata = {name: value for name, value in locals().items() if name != "default"}
     if isinstance(default, list):
@@ -259,9 +261,12 @@ class Settings:
     microbatch_tokens: int = option(
         8192,
         "most tokens per forward pass and rank; a longer pair travels alone. Lower it to save "
-        "memory: that changes speed and rounding, nothing else",
+        "memory: that changes speed and rounding, nothing else. auto: what --plan says fits in "
+        "80% of the free memory, and half of that after an out-of-memory error",
         above=0,
+        metavar="N|auto",
         may_change=True,
+        auto=True,
     )
     activation_checkpointing: bool = option(
         True,
@@ -273,8 +278,9 @@ class Settings:
         "none",
         "matrix products that activation checkpointing saves nevertheless. attention spares a "
         "quarter to a third of the recomputation; all adds those of the MLPs. For Llama 3 8B in "
-        "bf16 they take 0.66 or 2.5 GB per 1,000 tokens of --microbatch-tokens",
-        choices=("none", "attention", "all"),
+        "bf16 they take 0.66 or 2.5 GB per 1,000 tokens of --microbatch-tokens. auto: as many as "
+        "--plan says fit in 80% of the free memory",
+        choices=("none", "attention", "all", "auto"),
         may_change=True,
     )
     gather_once: bool = option(
@@ -287,6 +293,15 @@ class Settings:
         False,
         "keep weights, gradients and AdamW's moments on the host and step there: saves 16 bytes of "
         "GPU memory per parameter",
+        may_change=True,
+    )
+    flash: int = option(
+        2,
+        "FlashAttention's version on a GPU: 2 comes with torch; 3 (Hopper) and 4 (Hopper, "
+        "Blackwell) need their packages, flash_attn_interface and flash_attn.cute",
+        least=2,
+        most=4,
+        metavar="2|3|4",
         may_change=True,
     )
     compile: bool = option(
@@ -416,6 +431,9 @@ class Settings:
         return None
 
 
+AUTO = "microbatch_tokens", "keep_products"  # what `runtime.plan.fit_to_memory` chooses for auto
+
+
 def auto_dtype(device: str) -> str:
     """Return the dtype that `auto` means on "cuda" or "cpu": bf16 on GPUs that compute in it."""
     old = torch.cuda.is_available() and not flash_runs(torch.device("cuda"))
@@ -514,6 +532,8 @@ def table_problem(instance: Any) -> str | None:
 
 def _value_problem(value: Any, rule: typing.Mapping) -> str | None:
     """Return what is wrong with a value, in words; None if it is accepted."""
+    if rule["auto"] and value == "auto":
+        return None
     if rule["choices"] and value not in rule["choices"]:
         return f"{value!r} is not one of {', '.join(rule['choices'])}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -578,13 +598,14 @@ def read_toml(path: Path) -> dict:
     with reading(path, DataError):
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     kinds, values = _types(Settings) | _types(PlanOptions), {}
+    auto = {f.name for f in fields(Settings) if f.metadata["auto"]}
     for key, value in raw.items():
         name = key.replace("-", "_")
         if name not in kinds:
             raise DataError(f"{path}: unknown key {key!r}{_did_you_mean(name, kinds, repr)}")
         if kinds[name] is float and type(value) is int:
             value = float(value)
-        if type(value) is not kinds[name]:
+        if type(value) is not kinds[name] and not (value == "auto" and name in auto):
             raise DataError(f"{path}: {key} = {value!r}: expected {kinds[name].__name__}")
         values[name] = value
     return values
@@ -636,12 +657,22 @@ def _add_flags(parser: argparse.ArgumentParser, table: type) -> None:
         repeated = kind is list
         group.add_argument(
             _flag(f.name),
-            type=str if repeated else kind,
+            type=_or_auto(kind) if rule["auto"] else str if repeated else kind,
             action="append" if repeated else "store",
             choices=choices,
             metavar=rule["metavar"] or (None if choices else kind.__name__.upper()),
             help=text,
         )
+
+
+def _or_auto(kind: typing.Callable[[str], Any]) -> typing.Callable[[str], Any]:
+    """Return a parser of values of a kind that leaves the word auto as it is."""
+
+    def value_or_auto(text: str) -> Any:
+        return text if text == "auto" else kind(text)
+
+    value_or_auto.__name__ = f"{kind.__name__} or auto"  # for argparse's message
+    return value_or_auto
 
 
 def _default_text(f: dataclasses.Field) -> str:

@@ -5,13 +5,17 @@ Both sides get the same tokens and compute the same log-probabilities; ratios fo
 
 import argparse
 import ast
+import json
 import os
 import runpy
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import best
 import compare
+import gpu
 import limits
 import numpy as np
 import peer
@@ -364,3 +368,53 @@ def test_best_compares_the_fastest_of_both_sides(monkeypatch, tmp_path):
     assert f"{names[0]} : {names[2]}: pairs/s × 2.40" in table
     assert f"{names[1]} : {names[2]}: pairs/s × 2.80" in table
     assert len(tried) == len(set(tried)) == 6
+
+
+# On a GPU.
+
+
+def test_every_part_for_a_gpu_runs_to_its_end(tmp_path):
+    """On a CPU with a tiny model; what is not here is said and skipped."""
+    command = [sys.executable, ROOT / "bench" / "gpu.py", "all", "--tiny", f"--out={tmp_path}/r"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0 and "failed: none" in ran.stdout, ran.stdout + ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    by_part = {part: [row for row in rows if row["part"] == part] for part in gpu.PARTS}
+    for part, found in by_part.items():
+        assert [row["name"] for row in found][:: len(found) - 1] == ["machine", "part"], part
+        failed = [row["failed"] for row in found if "failed" in row]
+        assert all(text.startswith("skipped: ") for text in failed)
+        assert bool(failed) == (part in ("tests", "8b") or (part == "trl" and "TRL" in failed[0]))
+    speeds = [row for row in rows if "pairs_per_second" in row]
+    assert len(speeds) == 5 and all(row["peak_memory_gib"] > 0.1 for row in speeds)
+    planned = [row["planned_gib"] / row["peak_memory_gib"] for row in rows if "planned_gib" in row]
+    assert len(planned) == 2 and all(0.5 < ratio < 2 for ratio in planned)
+    [killed] = [row for row in by_part["killed"] if "statuses" in row]
+    assert killed["statuses"] == [1, -9] and 0 < killed["seconds"] < 30
+
+
+def test_a_measurement_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys):
+    """A script with another status, one that hangs, a part without time, and a part that raises."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys, time\ntime.sleep(float(sys.argv[1]))\nraise OSError('no disk')")
+
+    def part(bench: gpu.Bench) -> None:
+        bench.measure("status", lambda: {"said": bench.run(script, "0")})
+        bench.began = time.time() - gpu.LIMIT * 7 / 8 + 0.1
+        bench.measure("hangs", lambda: {"said": bench.run(script, "99")})
+        bench.measure("late", lambda: {"said": bench.run(script, "0")})
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(gpu.PARTS, "part", part)
+    monkeypatch.setattr(gpu, "LIMIT", 4)
+    monkeypatch.setattr(gpu.Bench, "tool", lambda *_: {})
+    with pytest.raises(ZeroDivisionError):
+        gpu.one_part("part", tmp_path / "r", tiny=False)
+    rows = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    said = {row["name"]: row.get("failed") for row in rows}
+    assert "status 1 after" in said["status"] and "OSError: no disk" in said["status"]
+    assert "status -9 after" in said["hangs"] and "not started" in said["late"]
+    assert said["part"] == "ZeroDivisionError: a bug" and said["machine"] is None
+    gpu.summary(tmp_path / "r")
+    assert "late: failed not started" in capsys.readouterr().out

@@ -3,8 +3,10 @@
 `flash_on_cpu` stands in for the kernel and raises an error where it would.
 """
 
+import contextlib
 import copy
 import os
+import sys
 from functools import partial
 
 import flash_on_cpu
@@ -21,8 +23,9 @@ import tiny
 import train
 from data import pack
 from formats import checkpoint
+from formats.errors import DataError
 from model import Llama, PackedAttention
-from runtime import processes, reference
+from runtime import inputs, processes, reference, run, signals
 from runtime.settings import Settings, read_settings
 
 
@@ -92,6 +95,47 @@ def test_old_gpus_take_the_other_way(monkeypatch, capability, able):
     settings = read_settings(["--device=cuda"])
     assert settings.resolved("cuda").dtype == ("bf16" if able else "fp32")
     assert settings.resolved("cpu").dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    "version, device, capability, complaint",
+    [
+        (3, "cpu", 9, "needs a GPU"),
+        (3, "cuda", 8, "needs compute capability 9, and a GPU has 8"),
+        (3, "cuda", 10, "needs compute capability 9, and a GPU has 10"),
+        (4, "cuda", 12, "needs compute capability 9 or 10, and a GPU has 12"),
+        (3, "cuda", 9, "not usable here: ModuleNotFoundError: .*flash_attn_interface"),
+        (4, "cuda", 10, "not usable here: ModuleNotFoundError: .*flash_attn"),
+        (4, "cuda", 9, "not usable here: RuntimeError: Module 'broken' does not expose"),
+    ],
+)
+def test_a_flash_attention_that_is_not_here(monkeypatch, version, device, capability, complaint):
+    """Wrong device, wrong GPU, no package, or a package that is half built: one line."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    for package in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
+    if "broken" in complaint:
+        failing = partial(fail, RuntimeError("Module 'broken' does not expose FA4 kernels"))
+        monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", failing)
+    with pytest.raises(DataError, match=f"--flash {version}: {complaint}"):
+        processes.use_flash(version, torch.device(device))
+
+
+def fail(error: Exception, *_) -> None:
+    raise error
+
+
+def test_flash_attention_of_another_version(monkeypatch):
+    """Activate it once, and go back to torch's own for a run that asks for that."""
+    state, calls = torch.nn.attention, []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(state, "activate_flash_attention_impl", calls.append)
+    monkeypatch.setattr(state, "restore_flash_attention_impl", lambda: calls.append("FA2"))
+    monkeypatch.setattr(state, "current_flash_attention_impl", lambda: calls[-1] if calls else None)
+    for version in (2, 3, 3, 4, 2):
+        processes.use_flash(version, torch.device("cuda"))
+    assert calls == ["FA3", "FA4", "FA2"]
 
 
 # Whole models.
@@ -203,6 +247,76 @@ def test_segments_of_gpu_memory_grow(monkeypatch, theirs):
         "PYTORCH_ALLOC_CONF": "max_split_size_mb:512",
         "PYTORCH_CUDA_ALLOC_CONF": None,
     }.get(theirs)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_group_of_one_gpu(monkeypatch, offload):
+    """NCCL with a TCPStore, bound to its device, and with a patience that reading data needs."""
+    joined = {}
+
+    def join(backends, **options):
+        joined.update(options, backends=backends)
+        raise InterruptedError
+
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    with pytest.raises(InterruptedError):
+        processes.start_ranks(Settings(device="cuda", offload=offload))
+    assert joined["backends"] == ("cpu:gloo,cuda:nccl" if offload else "nccl")
+    assert isinstance(joined["store"], dist.TCPStore)
+    assert joined["device_id"] == torch.device("cuda", 0)
+    assert joined["timeout"].total_seconds() == 1800
+
+
+@pytest.mark.parametrize("ranks, gpus", [(2, 1), (8, 4), (1, 0)])
+def test_more_ranks_than_gpus(monkeypatch, ranks, gpus):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    with pytest.raises(DataError, match=f"{ranks} ranks for {gpus} GPUs: pass --nproc-per-node"):
+        processes.start_ranks(Settings(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "able, size, said",
+    [(False, 64, "older than compute capability 8"), (True, 12, "no heads of 12 features"),
+     (True, 264, "no heads of 264 features"), (True, 64, "")],
+)  # fmt: skip
+def test_slow_attention_is_said(monkeypatch, capsys, able, size, said):
+    monkeypatch.setattr(inputs, "flash_runs", lambda device: able)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    config = llama.Config(97, 64, 80, 2, 4, 4, head_dim=size)
+    inputs.warn_of_slow_attention(config, torch.device("cuda"))
+    printed = capsys.readouterr().out
+    assert said in printed and bool(printed) == bool(said)
+    inputs.warn_of_slow_attention(config, torch.device("cpu"))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "world, error, destroyed",
+    [("1", DataError("bad"), True), ("2", None, True), ("2", SystemExit(75), True),
+     ("2", DataError("bad"), False), ("2", RuntimeError("a bug"), False)],
+)  # fmt: skip
+def test_a_rank_that_fails_waits_for_nobody(monkeypatch, capsys, world, error, destroyed):
+    """An error of one rank of many is printed, and the group is left as it is: NCCL would wait."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    monkeypatch.setattr(signals, "leave", lambda status: calls.append(status))
+    with pytest.raises(SystemExit) if error else contextlib.nullcontext():
+        with run.report_errors("train.py"):
+            if error:
+                raise error
+    assert ("destroyed" in calls) is destroyed
+    said = capsys.readouterr().err
+    assert isinstance(error, (SystemExit, type(None))) or str(error) in said
+    assert ("Traceback" in said) == isinstance(error, RuntimeError)
 
 
 # Two ranks.
