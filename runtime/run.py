@@ -39,8 +39,8 @@ from formats.files import dump_json, read_json, remove
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, train_flops
 from runtime import resume, signals
+from runtime.gpus import peak_flops
 from runtime.inputs import Inputs
-from runtime.plan import peak_flops
 from runtime.processes import (
     AGREED,
     Unfailing,
