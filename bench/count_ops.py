@@ -227,8 +227,8 @@ def roofline(gpu: Gpu, keep: str) -> Iterator[str]:
     costs = {f"{kind}, layers": layer[kind].times(times) for kind in KINDS if kind in layer}
     costs["matmul, head"] = rest["matmul"].times(ROUNDS)
     costs["log-probs and the rest"] = elementwise(rest).times(ROUNDS)
-    yield "| | operations | TFLOP | GB | data sheet, ms | expected, ms | measured |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| | operations | TFLOP | GB | by the data sheet, ms | expected, ms |"
+    yield "|---|---|---|---|---|---|"
     ideal_sum = expected_sum = 0.0
     for name, c in costs.items():
         peak, memory = gpu.tflops * 1e12, gpu.bandwidth * 1e12
@@ -237,14 +237,14 @@ def roofline(gpu: Gpu, keep: str) -> Iterator[str]:
         expected = max(c.flops / (peak * reached), c.bytes / (memory * EFFICIENCY["bytes"]))
         ideal_sum, expected_sum = ideal_sum + ideal, expected_sum + expected
         numbers = f"{c.ops:,} | {c.flops / 1e12:.1f} | {c.bytes / 1e9:.0f}"
-        yield f"| {name} | {numbers} | {1e3 * ideal:.0f} | {1e3 * expected:.0f} | |"
-    yield f"| sum | | | | {1e3 * ideal_sum:.0f} | {1e3 * expected_sum:.0f} | |"
+        yield f"| {name} | {numbers} | {1e3 * ideal:.0f} | {1e3 * expected:.0f} |"
+    yield f"| sum | | | | {1e3 * ideal_sum:.0f} | {1e3 * expected_sum:.0f} |"
     kept = "--no-activation-checkpointing" if keep == "everything" else f"--keep-products={keep}"
     settings = read_settings(["--model=m", "--data=d", "--dtype=bf16", kept])
     machine = Machine("cuda", "", GPUS, gpu.memory, None, gpu)
     planned = step_times(config, settings, machine, Load.of(PAIRS * ROUNDS), ROUNDS)
     for name, seconds in planned.items():
-        yield f"| --plan: {name} | | | | | {1e3 * seconds:.0f} | |"
+        yield f"| `--plan`: {name} | | | | | {1e3 * seconds:.0f} |"
 
 
 def main() -> None:

@@ -119,3 +119,8 @@ def test_the_plan_counts_what_a_trace_counts(keep):
     assert planned.bytes == pytest.approx(elementwise.bytes, rel=0.03)
     assert planned.ops == pytest.approx(step.ops, rel=0.06)
     assert count_ops.total(layer).ops <= 105
+
+
+def test_the_roofline_of_the_docs_is_the_one_that_is_printed():
+    table = "\n".join(count_ops.roofline(gpus.GPUS["H100"], "none"))
+    assert table in (count_ops.ROOT / "docs" / "gpu.md").read_text()
