@@ -233,7 +233,7 @@ class Llama(nn.Module):
         inside this call because FSDP gathers the head's weight only here.
         """
         attend = PackedAttention(key_index, cu_q, cu_k, self.config.sliding_window)
-        hidden = self.model(tokens, positions, attend)[predict]  # [N, D]
+        hidden = self.model(tokens, positions, attend).index_select(0, predict)  # [N, D]
         return TiledLogps.apply(hidden, self.head_weight, targets)
 
 
@@ -361,9 +361,9 @@ class PackedAttention:
     def by_segment(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Run PyTorch's own kernels segment by segment."""
         # Their backward on CPUs is nearly three times as fast in float32 as in bfloat16.
-        q32, k32, v32 = upcast(q), upcast(k)[self.key_index], upcast(v)[self.key_index]
+        k32, v32 = (upcast(x).index_select(0, self.key_index) for x in (k, v))
         lengths = self.q_lengths, self.k_lengths, self.k_lengths
-        segments = zip(*(x.split(sizes) for x, sizes in zip((q32, k32, v32), lengths)))
+        segments = zip(*(x.split(sizes) for x, sizes in zip((upcast(q), k32, v32), lengths)))
         blocks = [block for segment in segments for block in self.sdpa(*segment)]
         return torch.cat(blocks).to(q.dtype)
 

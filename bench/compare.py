@@ -76,7 +76,7 @@ from formats.errors import InputError
 from formats.tokenizer import Tokenizer
 from methods.objectives import OBJECTIVES
 from model import Config, train_flops
-from runtime.plan import peak_flops
+from runtime.gpus import peak_flops
 
 LOSS = {"simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5}, "dpo": {"beta": 0.1}}
 LR = 1e-6

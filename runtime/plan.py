@@ -1,10 +1,11 @@
 """Predict what a run needs before it starts: memory of each GPU, micro-batches, time.
 
-    python train.py --plan --gpus 8 --gpu-memory 80 --model FOLDER --data FILE [all other flags]
+    python train.py --plan --gpus 8 --gpu H100 --config recipes/llama3-instruct-simpo.toml
 
-The weights are not read: the shape comes from FOLDER/config.json. Lengths come from the data if
-data and tokenizer are on this machine, else they are assumed. With P parameters, `shards` GPUs that
-share one copy, c bytes per parameter to compute with and m = max(c, 4) bytes per master weight:
+The weights are not read: the shape comes from config.json, or from `SHAPES` for the models of
+recipes/. Lengths come from the data if data and tokenizer are on this machine, else they are
+assumed. With P parameters, `shards` GPUs that share one copy, c bytes per parameter to compute with
+and m = max(c, 4) bytes per master weight:
 
     parameters   m · P / shards       master weights; these four are on the host with --offload
     gradients    m · P / shards       after reduction
@@ -12,8 +13,10 @@ share one copy, c bytes per parameter to compute with and m = max(c, 4) bytes pe
     reference    c · P / shards       frozen, with --reference online
     the rest     temporary, in three phases of backward; the worst phase counts
 
-Time is the FLOPs of `model.train_flops` divided by the peak of all GPUs times `--mfu`, a share that
-covers communication and recomputation.
+Time is a roofline: runtime/gpus.py counts operations and bytes, its data sheets say how fast they
+could be done, and `EFFICIENCY` how much of that is assumed to be reached. Launching kernels,
+sharding and --offload go on beside the arithmetic; whichever takes longest counts. `--mfu` replaces
+all of that by a share of the peak.
 
 Read next: `data.micro_batches`, which spreads a step over ranks; runtime/settings.py has the flags.
 """
@@ -22,7 +25,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +41,8 @@ from formats.errors import DataError, InputError, printable
 from formats.hub import at_hand
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
-from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, Llama, train_flops
+from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, train_flops
+from runtime.gpus import GPUS, Items, Layout, Load, Machine, extra_passes, find_gpu, step_times
 from runtime.inputs import Inputs, all_steps, encode_usable, join_blocks, read_blocks
 from runtime.processes import free_memory, print0
 from runtime.settings import AUTO, PlanOptions, Settings
@@ -59,54 +63,20 @@ SHARE = 0.8  # of the free memory that `auto` plans with: no plan has been held 
 
 PERSISTENT = "parameters", "gradients", "optimizer", "reference"  # through the whole step
 TEMPORARY = "gathered weights", "unsharded gradients", "activations", "log-prob tile"
-Items = dict[str, float]  # item: bytes on one GPU
 
-# Peak dense bf16 FLOP/s, from NVIDIA's data sheets
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
+ASSUMED_MFU = 0.4  # where only the peak is known
+# The models of recipes/, as their config.json on the hub describes them
+LLAMA3 = Config(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 500000.0)
+MISTRAL = replace(LLAMA3, vocab_size=32000, rope_theta=1e4, sliding_window=4096)
+SHAPES = {
+    "meta-llama/Meta-Llama-3-8B": LLAMA3,
+    "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA3,
+    "princeton-nlp/Llama-3-Base-8B-SFT": LLAMA3,
+    "allenai/Llama-3.1-Tulu-3-8B-SFT": replace(LLAMA3, vocab_size=128264),
+    "mistralai/Mistral-7B-v0.1": MISTRAL,
+    "alignment-handbook/zephyr-7b-sft-full": MISTRAL,
+    "mistralai/Mistral-7B-Instruct-v0.2": replace(MISTRAL, rope_theta=1e6, sliding_window=None),
 }
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return peak dense bf16 FLOP/s from the data sheet; None for CPUs and unknown GPUs."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Describes the GPUs, or CPU ranks, that a plan is for."""
-
-    kind: str  # "cuda" or "cpu"
-    name: str
-    gpus: int  # or CPU ranks
-    memory: float  # bytes of each
-    peak: float | None  # FLOP/s of each, if known
-
-
-@dataclass(frozen=True)
-class Load:
-    """Counts what one GPU computes in its fullest micro-batch, in tokens."""
-
-    tokens: float  # of the packed stream, with each prompt once
-    keys: float  # gathered for attention, with each prompt once per response
-    predicted: float  # response tokens
-
-    @classmethod
-    def of(cls, pairs: list[Pair]) -> "Load":
-        """Return the load of a micro-batch."""
-        responses = sum(len(r) for pair in pairs for r in pair.responses)
-        keys = sum(len(pair.prompt) * len(pair.responses) for pair in pairs) + responses
-        return cls(sum(pair.tokens for pair in pairs), keys, responses)
-
-    def filled(self, tokens: int) -> "Load":
-        """Return a load of `tokens` tokens in the same proportions."""
-        return Load(tokens, self.keys * tokens / self.tokens, self.predicted * tokens / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -128,61 +98,18 @@ class Plan:
     step_tokens: float
     steps: int | None  # of the run, if known
     flops: float  # per step
-    seconds: float | None  # per step, if the peak is known
-    helps: list[str]  # what would save memory
+    times: Items  # seconds of a step, by what takes them; empty if the GPU is not known
+    seconds: float | None  # of a step, if that is known
+    helps: Items  # what would save memory: the total with it
 
     @property
     def total(self) -> float:
         """Return the bytes that one GPU needs in the worst phase."""
-        return sum(self.items.values())
+        return total(self.items)
 
 
 # --------------------------------------------------------------------------------------------------
 # Memory
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Counts the parameters of a model, and says how one GPU keeps them."""
-
-    whole: int
-    block: int
-    root: int  # outside of the blocks: embedding, last norm, head
-    matrix: int  # the embedding or the head
-    kind: str  # "cuda" or "cpu"
-    shards: int  # GPUs that share one copy
-    compute_bytes: int  # per parameter, in what is computed with
-    master_bytes: int  # per master weight
-    online: bool  # whether a reference model stays in memory
-    offload: bool
-    gather_once: bool
-
-    @classmethod
-    def of(cls, config: Config, settings: Settings, machine: Machine) -> "Layout":
-        """Return the layout of a run."""
-        with torch.device("meta"):
-            model = Llama(config)
-        parts = (model, model.model.layers[0])
-        whole, block = (sum(p.numel() for p in part.parameters()) for part in parts)
-        compute_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[settings.dtype]
-        return cls(
-            whole=whole,
-            block=block,
-            root=whole - config.num_hidden_layers * block,
-            matrix=config.vocab_size * config.hidden_size,
-            kind=machine.kind,
-            shards=machine.gpus // settings.replicate,
-            compute_bytes=compute_bytes,
-            master_bytes=max(compute_bytes, 4),
-            online=has_online_reference(settings),
-            offload=settings.offload and machine.kind == "cuda",
-            gather_once=settings.gather_once,
-        )
-
-
-def has_online_reference(settings: Settings) -> bool:
-    """Return True if a frozen reference model stays in memory."""
-    return OBJECTIVES[settings.objective].needs_reference and settings.reference == "online"
 
 
 def memory(config: Config, settings: Settings, machine: Machine, load: Load) -> dict[str, Items]:
@@ -199,14 +126,18 @@ def memory(config: Config, settings: Settings, machine: Machine, load: Load) -> 
         phases = {"": {name: max(p.get(name, 0) for p in phases.values()) for name in TEMPORARY}}
     for phase, temporary in phases.items():
         items = persistent | {name: temporary.get(name, 0) for name in TEMPORARY}
-        slack = RUNTIME[machine.kind] + SLACK[machine.kind] * sum(items.values())
+        slack = RUNTIME[machine.kind] + SLACK[machine.kind] * total(items)
         phases[phase] = items | {"context, slack": slack}
     return phases
 
 
 def worst(phases: dict[str, Items]) -> Items:
     """Return the items of the phase that needs most."""
-    return max(phases.values(), key=lambda items: sum(items.values()))
+    return max(phases.values(), key=total)
+
+
+def total(items: Items) -> float:
+    return sum(items.values())
 
 
 def persistent_memory(layout: Layout) -> Items:
@@ -342,8 +273,8 @@ def largest_microbatch(
     """
 
     def fits(tokens: int) -> bool:
-        phases = memory(config, settings, machine, load.filled(tokens))
-        return sum(worst(phases).values()) <= machine.memory
+        phases = memory(config, settings, machine, load.times(tokens / load.tokens))
+        return total(worst(phases)) <= machine.memory
 
     low, high = 0, most + 1  # by bisection: `low` fits or is 0, `high` does not or is too many
     while high - low > 1:
@@ -404,36 +335,39 @@ def fit_to_memory(settings: Settings, inputs: Inputs, device: torch.device) -> N
 # The run to plan: its model, pairs, machine and steps
 
 
-def model_folder(name: str) -> Path:
-    """Return the folder with config.json, on this machine or in the hub's cache.
+def find_model(name: str) -> tuple[Config, Path | None]:
+    """Return a model's shape, and the folder that may hold its tokenizer.
 
-    Nothing is downloaded.
+    Looks on this machine, in the hub's cache and in `SHAPES`. Nothing is downloaded.
 
     Raises:
-        DataError: there is no such folder, and the hub's cache does not hold that model.
+        DataError: none of them holds that model.
     """
     if at_hand(name):
-        return Path(name).expanduser()
+        return read_config(folder := Path(name).expanduser()), folder
     from huggingface_hub import try_to_load_from_cache  # slow to import, and only needed for ids
 
     repository, _, revision = name.partition("@")
     cached = try_to_load_from_cache(repository, "config.json", revision=revision or None)
-    if not isinstance(cached, str):
-        hint = "pass --model a folder that holds its config.json; the weights need not be there"
-        raise DataError(f"{name}: not on this machine: {hint}")
-    return Path(cached).parent
+    if isinstance(cached, str):
+        return read_config(folder := Path(cached).parent), folder
+    if repository in SHAPES:
+        return SHAPES[repository], None
+    hint = "pass --model a folder that holds its config.json; the weights need not be there"
+    raise DataError(f"{name}: not on this machine: {hint}")
 
 
 def pairs_to_plan_with(
-    settings: Settings, tokens_per_pair: int | None, folder: Path
+    settings: Settings, tokens_per_pair: int | None, folder: Path | None
 ) -> tuple[list[Pair], int | None, str]:
     """Return pairs with the lengths to plan with, the number of pairs if known, and their origin.
 
     Raises:
         DataError: a record is malformed, or no pair can be used.
     """
-    if not tokens_per_pair and at_hand(settings.data) and (folder / "tokenizer.json").exists():
-        return sampled_pairs(settings, folder)
+    if not tokens_per_pair and folder and at_hand(settings.data):
+        if (folder / "tokenizer.json").exists():
+            return sampled_pairs(settings, folder)
     return assumed_pairs(settings, tokens_per_pair)
 
 
@@ -474,24 +408,37 @@ def sampled_pairs(settings: Settings, folder: Path) -> tuple[list[Pair], int | N
 
 
 def machine_for(settings: Settings, options: PlanOptions) -> Machine:
-    """Return the machine that the options ask for; what they leave open is this machine's."""
+    """Return the machine that the options ask for; what they leave open is this machine's.
+
+    Raises:
+        InputError: --gpu names none that the table of data sheets holds, or there are none.
+    """
+    gpu, gpus = None, options.gpus or 1
+    if settings.device == "cpu" and options.gpu:
+        raise InputError(f"--gpu {options.gpu}: --device cpu uses no GPU")
     if settings.device == "cpu":
-        gpus = options.gpus or 1
+        kind, name = "cpu", "CPU process"
         memory_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus
-        kind, name, peak = "cpu", "CPU process", None
-    elif torch.cuda.is_available():
-        gpus = options.gpus or torch.cuda.device_count()
+    elif options.gpu is None and torch.cuda.is_available():
+        kind, name, gpus = (
+            "cuda",
+            torch.cuda.get_device_name(),
+            options.gpus or torch.cuda.device_count(),
+        )
         memory_here = torch.cuda.get_device_properties(0).total_memory
-        kind, name = "cuda", torch.cuda.get_device_name(0)
-        peak = peak_flops(torch.device("cuda"))
+        gpu = find_gpu(name)
     else:
-        gpus, memory_here = options.gpus or 1, 80 * GIB
-        kind, name, peak = "cuda", "H100", PEAK_FLOPS["H100"]
+        kind, name = "cuda", options.gpu or "H100"
+        if (gpu := find_gpu(name)) is None:
+            known = f"known are {', '.join(GPUS)}; --gpus is the number"
+            raise InputError(f"--gpu {name}: no data sheet is known by that name; {known}")
+        memory_here = gpu.memory * GIB
     if options.gpu_memory is not None:
         memory_here = options.gpu_memory * GIB
-    if options.gpu_tflops is not None:
-        peak = options.gpu_tflops * 1e12
-    return Machine(kind, name, gpus, memory_here, peak)
+    if gpu and options.gpu_tflops is not None:
+        gpu = replace(gpu, tflops=options.gpu_tflops)
+    tflops = gpu.tflops if gpu else options.gpu_tflops
+    return Machine(kind, name, gpus, memory_here, tflops and tflops * 1e12, gpu)
 
 
 def first_steps(
@@ -506,16 +453,9 @@ def first_steps(
 
 
 def step_flops(config: Config, settings: Settings, steps: list[list[Pair]]) -> float:
-    """Return the mean FLOPs of a step.
-
-    Forward and backward are three passes. An online reference is one more. So is the pass without
-    gradients of an objective with a `step_baseline`, which the reference joins.
-    """
-    online = has_online_reference(settings)
-    baseline_pass = OBJECTIVES[settings.objective].step_baseline is not None
-    passes = 3 + online + baseline_pass * (1 + online)
+    """Return the mean FLOPs of a step, of which forward and backward are three passes."""
     total = sum(sum(train_flops(config, pair) for pair in step) for step in steps)
-    return total / len(steps) * passes / 3
+    return total / len(steps) * (3 + extra_passes(settings)) / 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,29 +470,42 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
             the number of GPUs.
     """
     machine = machine_for(settings, options)
-    gpus = machine.gpus
-    if gpus % settings.replicate:
-        raise InputError(f"--replicate {settings.replicate} does not divide --gpus {gpus}")
+    if machine.gpus % settings.replicate:
+        raise InputError(f"--replicate {settings.replicate} does not divide --gpus {machine.gpus}")
     settings = settings.resolved(machine.kind)
-    folder = model_folder(settings.model)
-    config = read_config(folder)
+    config, folder = find_model(settings.model)
     pairs, count, origin = pairs_to_plan_with(settings, options.plan_tokens_per_pair, folder)
     steps, total_steps = first_steps(settings, pairs, count)
-    longest = [max(pairs, key=lambda pair: pair.tokens)]
-    settings = resolve_auto(config, settings, machine, [*steps, longest])
-    cost = partial(train_flops, config)
-    rounds = [micro_batches(step, gpus, settings.microbatch_tokens, cost) for step in steps]
-    loads = [Load.of(share) for step in rounds for share in itertools.chain(*step)]
+    alone = [max(pairs, key=lambda pair: pair.tokens)]
+    settings = resolve_auto(config, settings, machine, [*steps, alone])
+    longest = Load.of(alone)
     # A run of more steps than were laid out may meet its longest pair alone in a micro-batch.
-    candidates = loads + [Load.of(longest)] * (total_steps != len(steps))
-    fullest = max(candidates, key=lambda load: load.tokens)
+    least = longest if total_steps != len(steps) else Load(0, 0, 0)
 
-    phases = memory(config, settings, machine, fullest)
-    on_gpu = worst(memory(config, replace(settings, offload=False), machine, fullest))
-    sizes = [sum(pair.tokens for pair in step) for step in steps]
-    most = max(math.ceil(max(sizes) / gpus), longest[0].tokens)
+    def lay_out(settings: Settings, machine: Machine) -> tuple[dict[str, Items], Load, int]:
+        load, rounds = fullest_microbatch(config, settings, machine, steps, least)
+        return memory(config, settings, machine, load), load, rounds
+
+    phases, fullest, rounds = lay_out(settings, machine)
+    on_gpu = worst(lay_out(replace(settings, offload=False), machine)[0])
+    of_step = Load.of(list(itertools.chain(*steps))).times(1 / len(steps))
+    most = int(
+        max(
+            math.ceil(max(sum(pair.tokens for pair in step) for step in steps) / machine.gpus),
+            longest.tokens,
+        )
+    )
     largest = largest_microbatch(config, settings, machine, fullest, most)
-    flops = step_flops(config, settings, steps)
+    flops, share = step_flops(config, settings, steps), options.mfu
+    times = step_times(config, settings, machine, of_step.times(1 / machine.gpus), rounds)
+    if options.gpu_tflops and not times:
+        share = share or ASSUMED_MFU
+    seconds = None
+    if share and machine.peak:
+        times, seconds = {}, flops / (machine.gpus * machine.peak * share)
+    elif times:
+        seconds = max(time for name, time in times.items() if name != "optimizer")
+        seconds += times["optimizer"]
     return Plan(
         machine=machine,
         settings=settings,
@@ -562,38 +515,65 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
         items=worst(phases),
         on_host=sum(on_gpu[name] for name in PERSISTENT),
         load=fullest,
-        microbatches=max(map(len, rounds)),
-        largest=largest if largest >= longest[0].tokens else 0,
+        microbatches=rounds,
+        largest=largest if largest >= longest.tokens else 0,
         most=most,
         step_pairs=len(steps[0]),
-        step_tokens=sum(sizes) / len(sizes),
+        step_tokens=of_step.tokens,
         steps=total_steps,
         flops=flops,
-        seconds=flops / (gpus * machine.peak * options.mfu) if machine.peak else None,
-        helps=memory_savers(settings),
+        times=times,
+        seconds=seconds,
+        helps=memory_savers(settings, machine, lambda *run: total(worst(lay_out(*run)[0]))),
     )
 
 
-def memory_savers(settings: Settings) -> list[str]:
-    """Return what would lower the memory per GPU and is not in use."""
-    available = {
-        "more GPUs": True,
-        "--activation-checkpointing": not settings.activation_checkpointing,
-        "--reference cached": has_online_reference(settings),
-        "--offload": not settings.offload,
+def fullest_microbatch(
+    config: Config, settings: Settings, machine: Machine, steps: list[list[Pair]], least: Load
+) -> tuple[Load, int]:
+    """Return the fullest micro-batch, at least `least`, and the most that a GPU has in a step."""
+    budget, cost = settings.microbatch_tokens, partial(train_flops, config)
+    rounds = [micro_batches(step, machine.gpus, budget, cost) for step in steps]
+    loads = [Load.of(share) for step in rounds for share in itertools.chain(*step)]
+    return max([*loads, least], key=lambda load: load.tokens), max(map(len, rounds))
+
+
+def memory_savers(
+    settings: Settings, machine: Machine, total_of: Callable[[Settings, Machine], float]
+) -> Items:
+    """Return the flags that would lower the memory per GPU, and the total with each of them."""
+    fewer = settings.microbatch_tokens // 2
+    changes = {
+        "--activation-checkpointing": replace(settings, activation_checkpointing=True),
+        "--keep-products none": replace(settings, keep_products="none"),
+        "--reference cached": replace(settings, reference="cached"),
+        "--no-gather-once": replace(settings, gather_once=False),
+        f"--microbatch-tokens {fewer}": replace(settings, microbatch_tokens=max(1, fewer)),
+        "--offload": replace(settings, offload=True),
     }
-    return [name for name, unused in available.items() if unused]
+    totals = {flags: total_of(changed, machine) for flags, changed in changes.items()}
+    if machine.kind == "cuda":
+        more = replace(machine, gpus=2 * machine.gpus)
+        totals[f"--gpus {more.gpus}"] = total_of(settings, more)
+    return {flags: size for flags, size in totals.items() if size < total_of(settings, machine)}
 
 
 def print_plan(settings: Settings, options: PlanOptions) -> None:
-    """Print the plan of a run. Raises InputError as `make_plan` does."""
+    """Print the plan of a run.
+
+    Raises:
+        InputError: the run does not fit, or as `make_plan` does.
+    """
     plan = make_plan(settings, options)
     machine, settings = plan.machine, plan.settings
     kind = f"{settings.objective}, {settings.dtype}"
     print(f"{settings.model}: {plan.parameters:,} parameters; {kind}")
     gpus = f"{machine.gpus} × {machine.name} of {machine.memory / GIB:.0f} GiB"
     print(f"{gpus}\npairs: {plan.pairs}\n")
-    print("\n".join([*memory_lines(plan, settings), "", *step_lines(plan, settings, options)]))
+    print("\n".join([*memory_lines(plan, settings), "", *step_lines(plan, settings)]))
+    if plan.total > machine.memory:
+        needed, there = (f"{size / GIB:.2f} GiB" for size in (plan.total, machine.memory))
+        raise InputError(f"--plan: a {each(plan)} needs {needed} and has {there}")
 
 
 def memory_lines(plan: Plan, settings: Settings) -> Iterable[str]:
@@ -606,35 +586,49 @@ def memory_lines(plan: Plan, settings: Settings) -> Iterable[str]:
     yield f"GiB per {each(plan):15}" + " ".join(f"{phase:>11}" for phase in plan.phases).rstrip()
     for name in plan.items:
         yield row(name, [items[name] for items in phases])
-    yield row("total", [sum(items.values()) for items in phases])
-    verdict = "fits" if plan.total <= machine.memory else "does NOT fit"
+    yield row("total", map(total, phases))
+    if plan.total <= machine.memory:
+        verdict, helps = "fits", {}
+    else:
+        verdict, helps = "does NOT fit", plan.helps
     yield f"{row('the worst phase', [plan.total])}   {verdict} in {machine.memory / GIB:.2f}"
+    for flags, size in helps.items():
+        host = f", and {on_host(plan)} on the host" if flags == "--offload" else ""
+        yield f"{row('  with', [size])}   {flags}{host}"
     if settings.offload and machine.kind == "cuda":
-        yield f"{row('on the host', [plan.on_host])}   {', '.join(PERSISTENT)}"
+        yield f"  on the host             {on_host(plan)}: {', '.join(PERSISTENT)}"
 
 
-def step_lines(plan: Plan, settings: Settings, options: PlanOptions) -> Iterable[str]:
+def on_host(plan: Plan) -> str:
+    """Return the memory that --offload needs on the host."""
+    each_gpu, all_gpus = plan.on_host / GIB, plan.machine.gpus * plan.on_host / GIB
+    return f"{each_gpu:.2f} GiB per GPU ({all_gpus:.0f} for all)"
+
+
+def step_lines(plan: Plan, settings: Settings) -> Iterable[str]:
     """Yield what a step takes: micro-batches, work and time."""
     machine, limit = plan.machine, f"--microbatch-tokens {settings.microbatch_tokens}"
     limit += f" --keep-products {settings.keep_products}" * (settings.keep_products != "none")
     fullest = f"{plan.microbatches}, the fullest of {plan.load.tokens:,.0f} tokens ({limit})"
     size = f"{plan.step_pairs} pairs, {plan.step_tokens:,.0f} tokens"
     yield f"step          {size}; micro-batches of each {each(plan)}: {fullest}"
-    if plan.largest:
-        whole = ": a whole step at once" if plan.largest == plan.most else ""
-        yield f"largest       --microbatch-tokens {plan.largest:,}{whole}"
-    else:
-        helps = ", ".join(plan.helps)
-        yield f"largest       --microbatch-tokens none is small enough; what helps: {helps}"
+    whole = ": a whole step at once" if plan.largest == plan.most else ""
+    largest = f"{plan.largest:,}{whole}" if plan.largest else "none is small enough"
+    yield f"largest       --microbatch-tokens {largest}"
     yield f"work          {plan.flops:.3g} floating-point operations a step"
     if plan.seconds and machine.peak:
-        share = f"{options.mfu:.0%} of {machine.gpus} × {machine.peak / 1e12:.0f} TFLOP/s"
-        time = f"{duration(plan.seconds)} a step at {share} (--mfu, --gpu-tflops)"
-        if plan.steps:
-            time += f"; {plan.steps:,} steps in {duration(plan.steps * plan.seconds)}"
-        yield f"time          {time}"
+        share = plan.flops / (plan.seconds * machine.gpus * machine.peak)
+        peak = f"{machine.gpus} × {machine.peak / 1e12:.0f} TFLOP/s"
+        how = "modelled; --mfu assumes another share" if plan.times else "--mfu, --gpu-tflops"
+        run = (
+            f"; {plan.steps:,} steps in {duration(plan.steps * plan.seconds)}" if plan.steps else ""
+        )
+        yield f"time          {duration(plan.seconds)} a step at {share:.0%} of {peak} ({how}){run}"
+        if plan.times:
+            *beside, last = (f"{name} {duration(t)}" for name, t in plan.times.items() if t)
+            yield f"              {', '.join(beside)}, beside each other; then {last}"
     else:
-        yield f"time          unknown: pass --gpu-tflops, the peak of a {each(plan)}"
+        yield f"time          unknown: pass --gpu-tflops, the peak of a {each(plan)}, or --mfu"
 
 
 def each(plan: Plan) -> str:

@@ -41,8 +41,8 @@ from formats.progress import Progress, on_terminal
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, train_flops
 from runtime import resume, signals, tokens
+from runtime.gpus import peak_flops
 from runtime.inputs import Inputs
-from runtime.plan import peak_flops
 from runtime.processes import (
     AGREED,
     Unfailing,

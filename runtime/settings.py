@@ -453,13 +453,23 @@ class PlanOptions:
     gpus: int | None = option(
         None, "GPUs, or CPU ranks with --device cpu; default: this machine's, else 1", above=0
     )
+    gpu: str | None = option(
+        None,
+        "their name, as torch has it or shorter: A100-40, 'H200 NVL', L40S; memory, peak and "
+        "bandwidths are those of the data sheet; default: this machine's, else H100",
+    )
     gpu_memory: float | None = option(
-        None, "memory of each, in GiB; default: that of this machine's GPU, else 80", above=0
+        None, "memory of each in GiB, instead of what this machine or the data sheet has", above=0
     )
     gpu_tflops: float | None = option(
-        None, "peak dense bf16 TFLOP/s of each; default: this machine's, else 989 (H100)", above=0
+        None, "peak dense bf16 TFLOP/s of each, instead of the data sheet's", above=0
     )
-    mfu: float = option(0.4, "share of that peak that goes into the model's arithmetic", above=0)
+    mfu: float | None = option(
+        None,
+        "share of that peak that goes into the model's arithmetic; default: modelled from counted "
+        "operations and bytes, 0.4 where only the peak is known",
+        above=0,
+    )
     plan_tokens_per_pair: int | None = option(
         None, "tokens of a prompt and its two responses; default: measured on local data", above=0
     )

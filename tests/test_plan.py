@@ -15,7 +15,7 @@ import train
 import workload
 from formats.checkpoint import read_config
 from model import Block, Config, PackedAttention, rotary_table
-from runtime import plan
+from runtime import gpus, plan
 from runtime.processes import multiplies_bf16
 from runtime.settings import PlanOptions, read_command, read_settings
 
@@ -130,6 +130,7 @@ def test_70b_on_64_gpus(tmp_path):
         "--plan-tokens-per-pair=1000",
         "--batch-size=512",
         "--microbatch-tokens=4000",
+        "--mfu=0.4",
     )
     share = 70_553_706_496 / 64
     block, root, head = 855_654_400, 2_101_354_496, 128256 * 8192
@@ -162,7 +163,7 @@ def test_largest_microbatch_fits_and_no_larger_one(tmp_path):
     load = plan.Load(1000, 1200, 800)
 
     def total(tokens: int) -> float:
-        phases = plan.memory(config, settings, machine, load.filled(tokens))
+        phases = plan.memory(config, settings, machine, load.times(tokens / 1000))
         return sum(plan.worst(phases).values())
 
     largest = plan.largest_microbatch(config, settings, machine, load, 10**6)
@@ -171,20 +172,80 @@ def test_largest_microbatch_fits_and_no_larger_one(tmp_path):
 
 def test_every_pass_costs_a_third_of_forward_and_backward(tmp_path):
     """An online reference is one pass more; KTO's pass before the step asks both models again."""
+    flags = "--gpus=8", "--mfu=0.4"
     seconds = {
         (objective, kind): planned(
-            tmp_path, LLAMA3_8B, "--gpus=8", f"--objective={objective}", f"--reference={kind}"
+            tmp_path, LLAMA3_8B, *flags, f"--objective={objective}", f"--reference={kind}"
         ).seconds
         for objective in ("dpo", "kto")
         for kind in ("online", "cached")
     }
-    three_passes = planned(tmp_path, LLAMA3_8B, "--gpus=8").seconds
+    three_passes = planned(tmp_path, LLAMA3_8B, *flags).seconds
     passes = {key: 3 * value / three_passes for key, value in seconds.items()}
     assert passes == pytest.approx(
         {("dpo", "online"): 4, ("dpo", "cached"): 3, ("kto", "online"): 6, ("kto", "cached"): 4}
     )
     cached = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--objective=dpo", "--reference=cached")
     assert cached.items["reference"] == 0
+
+
+def test_time_is_modelled_unless_mfu_is_given(tmp_path):
+    """By the GPU's data sheet; what goes on beside each other counts by the longest."""
+
+    def plan_for(*flags: str) -> plan.Plan:
+        return planned(tmp_path, LLAMA3_8B, "--gpus=8", *flags)
+
+    here = plan_for("--gpu=H100")
+    assert here.machine.memory == 80 * GIB and here.machine.peak == 989e12
+    beside = [here.times[name] for name in here.times if name != "optimizer"]
+    assert here.seconds == max(beside) + here.times["optimizer"]
+    share = here.flops / (here.seconds * 8 * 989e12)
+    assert 0.3 < share < 0.45
+    assert plan_for("--gpu=H200").seconds < here.seconds  # by the bandwidth of its memory
+    assert plan_for("--keep-products=all").seconds < here.seconds
+    assert plan_for("--gpu=L40S").times["links"] > 10 * here.times["links"]  # PCIe
+    assert plan_for("--gpu-tflops=500").seconds > 1.5 * here.seconds
+    assert plan_for("--mfu=0.5").seconds == pytest.approx(here.flops / (8 * 989e12 * 0.5))
+    assert plan_for("--dtype=fp32").seconds is None  # data sheets are read for bf16 alone
+    alone = planned(tmp_path, LLAMA3_8B, "--gpus=1")
+    assert alone.times["links"] == 0 < alone.times["arithmetic"]
+
+
+def test_offload_has_its_price(tmp_path):
+    """On the bus, two gathers of float32 shards and a gradient per micro-batch; a slower AdamW."""
+    here = planned(tmp_path, LLAMA3_8B, "--gpus=8")
+    offloaded = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--offload")
+    crossing = here.microbatches * 3 * 4 * here.parameters / 8
+    assert here.times["host bus"] == 0
+    assert offloaded.times["host bus"] == pytest.approx(crossing / (64e9 * 0.8))
+    assert offloaded.times["optimizer"] > 50 * here.times["optimizer"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gpus=1", "--objective=dpo", "--keep-products=all", "--batch-size=16"],
+        ["--gpus=2", "--no-activation-checkpointing", "--gather-once", "--gpu=A100-40"],
+        ["--device=cpu", "--objective=dpo", "--no-activation-checkpointing"],
+    ],
+    ids=" ".join,
+)
+def test_every_remedy_has_its_total(tmp_path, flags):
+    """The total is what a plan with that flag says."""
+    here = planned(tmp_path, LLAMA3_8B, *flags)
+    assert len(here.helps) >= 2
+    for remedy, total in here.helps.items():
+        with_it = planned(tmp_path, LLAMA3_8B, *flags, *remedy.split())
+        assert total == with_it.total < here.total, remedy
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_models_of_recipes_are_known(monkeypatch, tmp_path, recipe):
+    """Without a download, and without a cache."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    p = plan.make_plan(*read_command([f"--config={recipe}", "--plan", "--gpus=8"]))
+    sizes = {"llama3": 8_030_261_248, "mistra": 7_241_732_096, "tulu3-": 8_030_326_784}
+    assert p.parameters == sizes[recipe.stem[:6]]
 
 
 def test_an_objective_of_one_response_is_planned_with_one(tmp_path):
@@ -201,6 +262,7 @@ def test_the_settings_of_the_caller_do_not_change(tmp_path):
 
 def test_examples_in_docstrings():
     assert doctest.testmod(plan) == (0, 1)  # failed, attempted
+    assert doctest.testmod(gpus) == (0, 2)
 
 
 def run(monkeypatch, *flags: object) -> None:
@@ -230,12 +292,19 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     assert "all 1,984 of" in printed and "62 steps" not in printed  # no peak is known of a CPU
 
 
+RECIPE = ["--config", str(ROOT / "recipes" / "llama3-base-dpo.toml")]
+
+
 @pytest.mark.parametrize(
     "flags, status, parts",
     [
         (["--model=owner/name", "--data=owner/pairs"], 1, ["owner/name", "--model", "config.json"]),
         (["--model=nowhere", "--data=owner/pairs"], 1, ["nowhere"]),
         (["--gpus=6", "--replicate=4"], 1, ["--replicate 4", "--gpus 6"]),
+        (["--gpu=H9000"], 1, ["--gpu H9000", "H100 NVL", "A100 40"]),
+        (["--device=cpu", "--gpu=H100"], 1, ["--gpu H100", "--device cpu"]),
+        (["--device=cpu", "--gpu-memory=0.1"], 1, ["needs", "has 0.10 GiB"]),
+        ([*RECIPE, "--gpu=A100-40"], 1, ["a GPU needs", "has 40.00 GiB"]),
         (["--gpus=0"], 2, ["--gpus", "positive"]),
         (["--gpu-memory=lots"], 2, ["--gpu-memory"]),
     ],

@@ -33,7 +33,7 @@ def refused(capsys, *flags: str) -> str:
         ("--gamma-beta-ration=1", "--gamma-beta-ratio"),
         ("--bacth-size=3", "--batch-size"),
         ("--output_dir=x", "--out"),
-        ("--gpu=8", "--gpus"),
+        ("--gpuss=8", "--gpus"),
     ],
 )
 def test_an_unknown_flag_is_answered_with_ours(capsys, flag, ours):
@@ -41,7 +41,9 @@ def test_an_unknown_flag_is_answered_with_ours(capsys, flag, ours):
     assert flag in line and line.endswith(f"did you mean {ours}?")
 
 
-@pytest.mark.parametrize("flag", ["--gpus=8", "--gpu-memory=80", "--mfu=0.4", "--gpu-tflops=1"])
+@pytest.mark.parametrize(
+    "flag", ["--gpus=8", "--gpu=H100", "--gpu-memory=80", "--mfu=0.4", "--gpu-tflops=1"]
+)
 def test_flags_of_plan_need_plan(capsys, flag):
     line = refused(capsys, flag)
     assert flag.partition("=")[0] in line and "--plan" in line
