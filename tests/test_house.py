@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, and how long functions and the five files may be."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from runtime.settings import read_settings
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ("simpo.py", "data.py", "model.py", "train.py", "sample.py")
 ROOMS = ("formats", "runtime", "methods", "study")
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 GROUND = {"formats.errors", "simpo", "model", "data"}
 
 
@@ -105,6 +107,23 @@ def test_top_level_holds_nothing_else():
     known = {*FIVE, "README.md", "requirements.txt", "pyproject.toml", "LICENSE", *ROOMS}
     known |= {"tests", "toy", "recipes", "bench", "docs", "runs"}
     assert {path.name for path in ROOT.iterdir() if path.name[0] not in "._"} <= known
+
+
+def test_readme_is_short_and_names_every_file():
+    """Its tree has a line for every file of the rooms, and no line for a file that is gone."""
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) < 1900
+    tree = readme.split("```\nsimpo.py ")[1].split("```")[0]
+    named = set(re.findall(r"\w+\.py\b", "simpo.py " + tree))
+    ours = {path.name for path in modules().values()} - {"__init__.py"}
+    assert ours <= named <= ours | {path.name for path in (ROOT / "toy").glob("*.py")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("name", FIVE)

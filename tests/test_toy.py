@@ -157,7 +157,7 @@ def test_the_committed_results_say_what_their_numbers_say():
     assert text == miniature.report(record, drawn)
 
 
-def test_the_readme_quotes_lines_that_exist_and_the_committed_numbers():
+def test_the_readme_quotes_lines_that_exist():
     readme = (ROOT / "README.md").read_text()
     rows = [line.split(" | ") for line in readme.splitlines() if line.startswith("| Eq. ")]
     assert len(rows) == 6
@@ -166,7 +166,3 @@ def test_the_readme_quotes_lines_that_exist_and_the_committed_numbers():
         file = code.pop(0) if code[0].endswith(".py") else "simpo.py"
         assert code and all(stands_in(line, file, where) for line in code), row
         assert all((ROOT / link).exists() for link in re.findall(r"\]\((.*?)\)", row[3]))
-    table = miniature.results_table(json.loads((TOY / "results.json").read_text())["seeds"])
-    section = readme[readme.index("## The paper in miniature") :].split("![")[0]
-    numbers = set(re.findall(r"[\d.]+ ± [\d.]+", section))
-    assert len(numbers) > 12 and numbers <= set(re.findall(r"[\d.]+ ± [\d.]+", table))
