@@ -71,22 +71,6 @@ def test_log_probabilities_in_bf16_lose_no_more_than_they_must(monkeypatch):
         assert error(found, expected) <= slack * error(other, expected)
 
 
-def test_bf16_is_no_further_from_float64_than_transformers(tmp_path):
-    """The log-probabilities of 300 tokens in bfloat16, against float64 with the same weights."""
-    transformers = pytest.importorskip("transformers", minversion="4.56")
-    config = tiny.FAMILIES["llama-3"] | {"max_position_embeddings": 512}
-    folder = tiny.write(tmp_path, config, torch.bfloat16)
-    prompt, response = np.split(np.random.default_rng(0).integers(3, 97, 300), [20])
-    packed = pack([Pair(prompt, (response,))])
-    tensors = {name: torch.from_numpy(value) for name, value in packed.items()}
-    ours = checkpoint.load(folder, dtype=torch.bfloat16)(**tensors)
-    exact = checkpoint.load(folder, dtype=torch.float64)(**tensors)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    logits = peer(torch.from_numpy(np.concatenate([prompt, response]))[None]).logits[0]
-    theirs = logits.float().log_softmax(-1)[range(19, 299), response]
-    assert error(ours, exact) <= 1.1 * error(theirs, exact)
-
-
 def test_master_weights_and_their_gradients_are_float32(monkeypatch):
     """A policy that computes in bfloat16 is kept and reduced in float32, a reference is not."""
     settings = Settings(model=str(TOY / "checkpoint"), data="x", device="cpu", dtype="bf16")
@@ -99,7 +83,8 @@ def test_master_weights_and_their_gradients_are_float32(monkeypatch):
     policies = []
 
     class Recorded(train.MixedPrecisionPolicy):
-        def __post_init__(self):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             policies.append(self)
 
     monkeypatch.setattr(train, "MixedPrecisionPolicy", Recorded)
@@ -262,3 +247,23 @@ def test_every_answer_has_a_stream_of_its_own(monkeypatch):
     for first in (0, 2):  # two groups of two questions
         sample.respond(model, tokenizer, [question] * 2, first, 3, bar)
     assert len(set(used)) == len(used) == 4 * 2 * 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Against transformers; last, because importing it takes seconds
+
+
+def test_bf16_is_no_further_from_float64_than_transformers(tmp_path):
+    """The log-probabilities of 300 tokens in bfloat16, against float64 with the same weights."""
+    transformers = pytest.importorskip("transformers", minversion="4.56")
+    config = tiny.FAMILIES["llama-3"] | {"max_position_embeddings": 512}
+    folder = tiny.write(tmp_path, config, torch.bfloat16)
+    prompt, response = np.split(np.random.default_rng(0).integers(3, 97, 300), [20])
+    packed = pack([Pair(prompt, (response,))])
+    tensors = {name: torch.from_numpy(value) for name, value in packed.items()}
+    ours = checkpoint.load(folder, dtype=torch.bfloat16)(**tensors)
+    exact = checkpoint.load(folder, dtype=torch.float64)(**tensors)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    logits = peer(torch.from_numpy(np.concatenate([prompt, response]))[None]).logits[0]
+    theirs = logits.float().log_softmax(-1)[range(19, 299), response]
+    assert error(ours, exact) <= 1.1 * error(theirs, exact)
