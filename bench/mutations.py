@@ -6,7 +6,7 @@
 Each mutation is a small slip that somebody could make: an off-by-one, a wrong sign or dtype, an
 element that is skipped, a missing flush, another default, an edge. It is applied in a copy of the
 tracked files. The test files named beside it run first, up to the first failure; for a survivor
-with `--whole` all others follow. The failing test must pass without the mutation to count. A test
+with `--whole` all others follow. All failing tests must pass without a mutation. A test
 file that takes longer than `--limit` seconds counts as killed, since such a run would be noticed.
 
 Results are appended to a file, so an interrupted command resumes. A result counts for as long as
@@ -89,6 +89,7 @@ def run_tests(tree: Path, targets: list[str], limit: float) -> str | None:
     if child == 0:
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        sys.stdout = sys.stderr = os.fdopen(output, "w")
         os.dup2(output, 1), os.dup2(output, 2)
         os.chdir(tree)
         sys.dont_write_bytecode, sys.path[:] = (
@@ -97,19 +98,21 @@ def run_tests(tree: Path, targets: list[str], limit: float) -> str | None:
         )
         import pytest
 
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *targets]))
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *targets])
+        sys.stdout.flush()
+        os._exit(status)
     end = time.monotonic() + limit
     while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
         time.sleep(0.1)
     if done == (0, 0):
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return f"{targets[0]}: longer than {limit:.0f} s"
+        return f"{targets[0]}:  longer than {limit:.0f} s"
     if done[1] == 0:
         return None
     text = log.read_text(errors="replace")
-    found = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", text, re.MULTILINE)
-    return found[1] if found else f"{targets[0]}: {text[-300:]}"
+    found = re.search(r"^(?:FAILED|ERROR) ([^\s\[]+)", text, re.MULTILINE)
+    return found[1] if found else f"{targets[0]}:  {text[-300:]}"
 
 
 def target(name: str) -> str:
@@ -125,7 +128,7 @@ def verdict(mutation: Mutation, tree: Path, targets: list[str], limit: float) ->
         path.write_text(mutated(mutation, tree), encoding="utf-8")
         killed = run_tests(tree, [one], limit)
         path.write_text(original, encoding="utf-8")
-        if killed and run_tests(tree, [killed.partition(": ")[0]], limit) is None:
+        if killed:
             return killed
     return None
 
@@ -155,7 +158,12 @@ def campaign(results: Path, whole: bool, limit: float) -> Iterator[str]:
             result = {"key": mutation.key, "killed": killed, "whole": whole}
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-            yield f"{number}/{len(MUTATIONS)} {mutation.file}: {mutation.new}: {killed or 'SURVIVED'}"
+            place = f"{number}/{len(MUTATIONS)} {mutation.file}"
+            yield f"{place}: {mutation.new}: {killed or 'SURVIVED'}"
+        found = [result["killed"] or "" for result in read_results(results).values()]
+        killers = {re.split(r":  |\[", killed)[0] for killed in found if killed}
+        if failed := run_tests(tree, sorted(killers), 10 * limit):
+            sys.exit(f"error: fails without any mutation: {failed}; delete its results")
 
 
 def report(results: dict[str, dict]) -> str:
