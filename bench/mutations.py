@@ -3,16 +3,16 @@
     python bench/mutations.py --results runs/mutations.jsonl            what has no result yet
     python bench/mutations.py --results runs/mutations.jsonl --whole    survivors: all test files
 
-Each mutation is a small slip that somebody could make: an off-by-one, a wrong sign or dtype, an
-element that is skipped, a missing flush, another default, an edge. It is applied in a copy of the
-tracked files. The test files named beside it run first, up to the first failure; for a survivor
-with `--whole` all others follow. All failing tests must pass without a mutation. A test
-file that takes longer than `--limit` seconds counts as killed, since such a run would be noticed.
+Each mutation of bench/mutations.toml is a small slip that somebody could make: an off-by-one, a
+wrong sign or dtype, an element that is skipped, a missing flush, another default, an edge. It is
+applied in a copy of the tracked files. The test files named beside it run first, up to the first
+failure; for a survivor with `--whole` all others follow. A test file that takes longer than
+`--limit` seconds counts as failing. At the end, every failing test must pass without a mutation.
 
 Results are appended to a file, so an interrupted command resumes. A result counts for as long as
-the mutation is the same. At the end the command writes bench/MUTATIONS.md and exits with status 1
-if a mutation survived without a reason. Each run is forked from a process
-that has imported torch, so that a mutation costs little more than its tests.
+the mutation is the same. The command keeps bench/MUTATIONS.md up to date, and exits with status 1
+if a mutation survives without a reason. Each run is forked from a process that has imported torch,
+so that a mutation costs little more than its tests.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of what torch and others need seconds to import; none of it may be a module of this project.
+# What takes seconds to import; none of it may be a module of this project.
 SLOW = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
@@ -209,8 +209,9 @@ def main() -> None:
         mutated(mutation)
     for line in campaign(flags.results, flags.whole, flags.limit):
         print(line, flush=True)
+        text = report(read_results(flags.results))
+        (ROOT / "bench" / "MUTATIONS.md").write_text(text, encoding="utf-8")
     results = read_results(flags.results)
-    (ROOT / "bench" / "MUTATIONS.md").write_text(report(results), encoding="utf-8")
     sys.exit(any(not results[m.key]["killed"] and not m.survives for m in MUTATIONS))
 
 
