@@ -349,9 +349,8 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         narrow = q.dtype in (torch.bfloat16, torch.float16)
-        if self.flash_runs and narrow and flash_takes(q.shape[-1]):
-            return self.flash(q, k, v)
-        return self.by_segment(q, k, v)
+        flash = self.flash_runs and narrow and flash_takes(q.shape[-1])
+        return self.flash(q, k, v) if flash else self.by_segment(q, k, v)
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Run one kernel for all segments; it never computes blocks outside the mask."""
@@ -409,16 +408,17 @@ class PackedAttention:
 def train_flops(config: Config, pair: Any) -> float:
     """Return the floating-point operations that forward and backward need for one `data.Pair`.
 
-    Counts 6 per weight and token and 12 per feature of a query-key pair that a causal mask shows.
-    Leaves out recomputation, and the head where nothing is predicted. Ignores the sliding window.
+    Counts 6 per weight and token and 12 per feature of a query-key pair that the mask shows, which
+    is causal and has a sliding window. Leaves out recomputation, and the head where no target is.
     """
     c = config
     q_k_v_o = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # features
     weights = c.hidden_size * (q_k_v_o + 3 * c.intermediate_size)  # of one block
     prompt, responses = len(pair.prompt), [len(response) for response in pair.responses]
-    tokens = prompt + sum(responses)
-    visible = prompt * (prompt + 1) / 2 + sum(r * (prompt + (r + 1) / 2) for r in responses)
-    block = 6 * weights * tokens + 12 * c.num_attention_heads * c.head_dim * visible
+    paths = [prompt, *(prompt + r for r in responses)]  # of n tokens, the last ones see m each
+    seen = [m * n - m * (m - 1) / 2 for n in paths for m in [min(n, c.sliding_window or n)]]
+    visible = sum(seen[1:]) - (len(responses) - 1) * seen[0]
+    block = 6 * weights * pair.tokens + 12 * c.num_attention_heads * c.head_dim * visible
     return c.num_hidden_layers * block + 6 * c.vocab_size * c.hidden_size * sum(responses)
 
 

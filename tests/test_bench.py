@@ -17,6 +17,7 @@ import best
 import compare
 import gpu
 import limits
+import mutations
 import numpy as np
 import peer
 import pytest
@@ -418,3 +419,35 @@ def test_a_measurement_that_fails_leaves_the_others(monkeypatch, tmp_path, capsy
     assert said["part"] == "ZeroDivisionError: a bug" and said["machine"] is None
     gpu.summary(tmp_path / "r")
     assert "late: failed not started" in capsys.readouterr().out
+
+
+# Mutations.
+
+
+def test_every_mutation_applies():
+    """A line that changed takes its mutations along: the error names the file and the old text."""
+    for mutation in mutations.MUTATIONS:
+        assert mutation.old != mutation.new and mutations.mutated(mutation)
+        for test in map(mutations.target, mutation.tests.split()):
+            file, _, name = test.partition("::")
+            assert f"def {name}" in (ROOT / file).read_text()
+    assert len({mutation.key for mutation in mutations.MUTATIONS}) == len(mutations.MUTATIONS) > 85
+    with pytest.raises(SystemExit, match="simpo.py: stands 0 times, not once: 'not there'"):
+        mutations.mutated(mutations.Mutation("simpo.py", "not there", "", "simpo"))
+
+
+def test_a_mutation_is_killed_and_its_tree_restored(tmp_path):
+    """The result names the failing test, and one that passes kills nothing."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "half.py").write_text("def half(x):\n    return x / 2\n")
+    tests = "import sys\nsys.path.insert(0, '.')\nfrom half import half\n"
+    tests += "def test_right(): assert half(4) == 2\ndef test_zero(): assert half(0) == 0\n"
+    (tmp_path / "tests" / "test_half.py").write_text(tests)
+    wrong = mutations.Mutation("half.py", "x / 2", "x // 3", "half")
+
+    def killed(*names: str) -> str | None:
+        return mutations.verdict(wrong, tmp_path, list(map(mutations.target, names)), 60)
+
+    assert killed("half") == "tests/test_half.py::test_right"
+    assert killed("half::test_zero") is None
+    assert (tmp_path / "half.py").read_text() == "def half(x):\n    return x / 2\n"

@@ -256,7 +256,7 @@ def test_an_objective_of_one_response_is_planned_with_one(tmp_path):
 def test_the_settings_of_the_caller_do_not_change(tmp_path):
     tmp_path.joinpath("config.json").write_text(json.dumps(LLAMA3_8B))
     settings = read_settings([f"--model={tmp_path}", "--data=owner/pairs"])
-    assert plan.make_plan(settings, PlanOptions(gpus=8)).dtype in ("bf16", "fp32")
+    assert plan.make_plan(settings, PlanOptions(gpus=8)).settings.dtype in ("bf16", "fp32")
     assert settings.dtype == "auto"
 
 

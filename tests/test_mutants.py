@@ -1,0 +1,269 @@
+"""Hold numbers that no other test would miss: each test here once met a mutation that survived.
+
+bench/mutations.py has the mutations.
+"""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train import TOY
+
+import model as llama
+import sample
+import tiny
+import train
+from data import Pair, pack
+from formats import checkpoint
+from formats.candidates import Question
+from formats.tokenizer import Tokenizer
+from methods.objectives import OBJECTIVES
+from model import Config, Llama, TiledLogps, rotary_table, train_flops
+from runtime import processes, reference, run
+from runtime.settings import Settings
+from study import analyze
+
+# --------------------------------------------------------------------------------------------------
+# Positions and precision
+
+
+@pytest.mark.parametrize("position", [257, 1023, 5000])
+def test_angles_of_high_positions(position):
+    """Beyond 256, bfloat16 has no room for odd positions."""
+    config = Config(7, 8, 8, 1, 1, 1, 8)
+    cos, sin = rotary_table(config, torch.tensor([position]))
+    frequencies = 10000.0 ** (-np.arange(4) / 4)
+    angles = position * np.concatenate([-frequencies, frequencies])
+    assert cos.flatten().tolist() == pytest.approx(np.cos(angles).tolist(), abs=1e-3)
+    assert sin.flatten().tolist() == pytest.approx(np.sin(angles).tolist(), abs=1e-3)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the root mean square of the difference to a float64 result."""
+    return (found.double() - exact).pow(2).mean().sqrt().item()
+
+
+def test_log_probabilities_in_bf16_lose_no_more_than_they_must(monkeypatch):
+    """Many tiles are as near float64 as one bfloat16 product with its logits upcast."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (64, 4096))
+    targets = torch.randint(4096, (64,), generator=generator)
+
+    def results(loss_of, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        logps = loss_of(*inputs)
+        return [logps, *torch.autograd.grad(logps.sum(), inputs)]
+
+    def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = llama.upcast(F.linear(hidden, weight))
+        return logits.log_softmax(-1)[range(64), targets]
+
+    monkeypatch.setitem(llama.LOGITS_TILE, "cpu", 64 * 128)
+    monkeypatch.setattr(llama, "MIN_TILE_WIDTH", 128)
+    exact = results(plain, torch.float64)
+    naive = results(plain, torch.bfloat16)
+    ours = results(lambda h, w: TiledLogps.apply(h, w, targets), torch.bfloat16)
+    assert ours[0].dtype == torch.float32
+    for found, other, expected, slack in zip(ours, naive, exact, (1.001, 1.1, 1.1), strict=True):
+        assert error(found, expected) <= slack * error(other, expected)
+
+
+def test_master_weights_and_their_gradients_are_float32(monkeypatch):
+    """A policy that computes in bfloat16 is kept and reduced in float32, a reference is not."""
+    settings = Settings(model=str(TOY / "checkpoint"), data="x", device="cpu", dtype="bf16")
+    device = processes.start_ranks(settings)
+    mesh = processes.make_mesh(settings, device)
+    folder = TOY / "checkpoint"
+    inputs = SimpleNamespace(
+        config=checkpoint.read_config(folder), weights=checkpoint.Weights(folder)
+    )
+    policies = []
+
+    class Recorded(train.MixedPrecisionPolicy):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            policies.append(self)
+
+    monkeypatch.setattr(train, "MixedPrecisionPolicy", Recorded)
+    policy, frozen = (train.build_model(inputs, mesh, settings, t) for t in (True, False))
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    assert {p.param_dtype for p in policies} == {torch.bfloat16}
+    assert {p.reduce_dtype for p in policies} == {torch.float32}
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def test_two_steps_of_adamw_by_hand():
+    """Rate, betas, eps and weight decay are all the settings'."""
+    rate, decay, eps, one, two = 0.1, 0.3, 0.05, 0.6, 0.7
+    settings = Settings(lr=rate, adam_beta1=one, adam_beta2=two, adam_eps=eps, weight_decay=decay)
+    model = tiny.fill(Llama(Config(7, 8, 8, 1, 1, 1, 8)))
+    optimizer = train.make_optimizer(model, settings)
+    weight = model.lm_head.weight
+    expected, mean, square = weight.detach().double().clone(), 0.0, 0.0
+    for step, slope in enumerate((0.5, -0.1), 1):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, slope)
+        optimizer.step()
+        mean = one * mean + (1 - one) * slope
+        square = two * square + (1 - two) * slope**2
+        root = math.sqrt(square / (1 - two**step))
+        expected = expected * (1 - rate * decay) - rate * mean / (1 - one**step) / (root + eps)
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps, warmup", [(25, 3), (11, 2), (1, 1), (20, 2)])
+def test_a_warm_up_is_rounded_up(steps, warmup):
+    """A tenth of 25 steps is 3, at whose end the rate is at its peak; it falls after that."""
+    settings = Settings(lr=1.0, warmup_ratio=0.1)
+    rates = [train.learning_rate(settings, step, steps) for step in range(steps)]
+    assert rates[:warmup] == pytest.approx([(i + 1) / warmup for i in range(warmup)])
+    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1 :]))
+
+
+# Published: β, γ/β and learning rates in Table 7 and section 3 of the SimPO paper, arXiv 2405.14734
+DEFAULTS = {
+    "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5, "length_norm": True, "label_smoothing": 0.0},
+    "dpo": {"beta": 0.01, "length_norm": False, "label_smoothing": 0.0, "reference": "online"},
+    "rrhf": {"lam": 1.0},
+    "slic": {"lam": 1.0, "delta": 1.0},
+    "ipo": {"beta": 0.1, "length_norm": False, "reference": "online"},
+    "cpo": {"beta": 0.01, "lam": 1.0},
+    "kto": {"beta": 0.01, "reference": "online"},
+    "orpo": {"lam": 0.1},
+    "rdpo": {"beta": 0.01, "alpha": 0.05, "reference": "online"},
+    "alphapo": {"beta": 2.5, "gamma_beta_ratio": 0.04, "alphapo_alpha": 0.25},
+    "simper": {},
+    "repo": {"gamma_beta_ratio": 0.6},
+    "apo_zero": {"beta": 0.1, "reference": "online"},
+    "sft": {},
+}
+
+
+def test_defaults_of_every_objective():
+    """A default is a promise to whoever names none, so changing one must change this table."""
+    assert {name: objective.defaults for name, objective in OBJECTIVES.items()} == DEFAULTS
+
+
+@pytest.mark.parametrize("longest, prompt", [(2048, 1800), (1024, 900), (4096, 1800), (512, 450)])
+def test_the_longest_prompt_is_a_share_of_the_longest_pair(longest, prompt):
+    assert Settings(max_length=longest).max_prompt_length == prompt
+
+
+# --------------------------------------------------------------------------------------------------
+# What is counted
+
+
+def pair_of(prompt: int, *responses: int) -> Pair:
+    return Pair(np.zeros(prompt, np.int32), tuple(np.zeros(r, np.int32) for r in responses))
+
+
+@pytest.mark.parametrize(
+    "window, visible",
+    [
+        # 1 + 2 + 3, twice 4 + 5, then 6 more for the second
+        (None, 6 + 9 + 15),
+        # a window of 3: the prompt's last token and all later ones see 3
+        (3, 6 + 6 + 9),
+        (2, 5 + 4 + 6),
+        (1, 3 + 2 + 3),
+        (4, 6 + 8 + 12),
+        (100, 6 + 9 + 15),
+    ],
+)
+def test_operations_of_a_window_by_hand(window, visible):
+    """Prompt of 3 tokens, responses of 2 and 3: what each token sees, token by token."""
+    config = Config(7, 8, 16, 5, 2, 1, 4, sliding_window=window)
+    matrices = 5 * 8 * ((2 + 1 + 1 + 2) * 4 + 3 * 16)
+    expected = 6 * matrices * 8 + 5 * 12 * 2 * 4 * visible + 6 * 7 * 8 * 5
+    assert train_flops(config, pair_of(3, 2, 3)) == expected
+
+
+def test_tokens_per_second_count_each_prompt_once(monkeypatch):
+    """Pairs of 3 + 2 + 4 and 1 + 1 + 5 tokens in 4 seconds; MFU is a share of all ranks' peak."""
+    processes.start_ranks(Settings(device="cpu"))
+    config, pairs = Config(7, 8, 16, 5, 2, 1, 4), [pair_of(3, 2, 4), pair_of(1, 1, 5)]
+    device = torch.device("cpu")
+    rates = run.speed(config, pairs, 4.0, device)
+    assert rates == {"tokens_per_second": 4.0, "pairs_per_second": 0.5}
+    monkeypatch.setattr(run, "peak_flops", lambda device: 1e6)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)
+    flops = sum(train_flops(config, pair) for pair in pairs)
+    assert run.speed(config, pairs, 4.0, device)["mfu"] == pytest.approx(flops / 4 / 1e6 / 2)
+
+
+@pytest.mark.parametrize("batch_size", [3, 7, 100])
+def test_a_cached_reference_scores_the_last_pair_of_an_epoch(batch_size):
+    """The last step of an epoch is short, and its pairs need scores as the others do."""
+    settings = Settings(device="cpu", batch_size=batch_size)
+    processes.start_ranks(settings)
+    pairs, held_out = [pair_of(2, 1, 1) for _ in range(7)], [pair_of(2, 1, 1) for _ in range(2)]
+    for index, pair in enumerate([*pairs, *held_out]):
+        pair.index = index
+    steps = [range(i, min(i + batch_size, 7)) for i in range(0, 7, batch_size)]
+    inputs = SimpleNamespace(
+        pairs=pairs,
+        held_out=held_out,
+        steps=2 * steps,
+        config=Config(7, 8, 16, 5, 2, 1, 4),
+        batch=lambda step: [pairs[i] for i in (2 * steps)[step]],
+    )
+    table = torch.zeros(9, 2)
+
+    def score(pairs: list[Pair]) -> torch.Tensor:
+        return torch.tensor([[1.0 + pair.index, 2.0] for pair in pairs])
+
+    reference.fill_table(table, score, inputs, settings)
+    assert table.tolist() == [[1.0 + i, 2.0] for i in range(9)]
+
+
+def test_ties_are_first_in_neither_ranking():
+    """A tie of one ranking leaves the pair to the other; a tie of both is neither."""
+    cells = analyze.contingency(np.array([0, 0, 1, 0, -1]), np.array([0, 1, 0, -1, 0]))
+    expected = {"both": 0.0, "reward only": 0.2, "likelihood only": 0.2, "neither": 0.6}
+    assert cells == pytest.approx(expected)
+
+
+def test_every_answer_has_a_stream_of_its_own(monkeypatch):
+    """Questions, turns and samples draw different random numbers."""
+    tokenizer, used = Tokenizer(TOY / "checkpoint"), []
+    [answer] = tokenizer.encode_responses(["the fox runs away ."])
+
+    def decode(model, prompts, stop_ids, streams, **options):
+        used.extend(streams)
+        yield from ((i, t, t in stop_ids) for i in range(len(prompts)) for t in answer)
+
+    monkeypatch.setattr(sample, "decode", decode)
+    asked = [{"role": "user", "content": "describe the fox ."}]
+    question = Question("here", {}, asked, ["describe the owl ."], 1.0)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    bar = SimpleNamespace(update=lambda n: None)
+    for first in (0, 2):  # two groups of two questions
+        sample.respond(model, tokenizer, [question] * 2, first, 3, bar)
+    assert len(set(used)) == len(used) == 4 * 2 * 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Against transformers; last, because importing it takes seconds
+
+
+def test_bf16_is_no_further_from_float64_than_transformers(tmp_path):
+    """The log-probabilities of 300 tokens in bfloat16, against float64 with the same weights."""
+    transformers = pytest.importorskip("transformers", minversion="4.56")
+    config = tiny.FAMILIES["llama-3"] | {"max_position_embeddings": 512}
+    folder = tiny.write(tmp_path, config, torch.bfloat16)
+    prompt, response = np.split(np.random.default_rng(0).integers(3, 97, 300), [20])
+    packed = pack([Pair(prompt, (response,))])
+    tensors = {name: torch.from_numpy(value) for name, value in packed.items()}
+    ours = checkpoint.load(folder, dtype=torch.bfloat16)(**tensors)
+    exact = checkpoint.load(folder, dtype=torch.float64)(**tensors)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    logits = peer(torch.from_numpy(np.concatenate([prompt, response]))[None]).logits[0]
+    theirs = logits.float().log_softmax(-1)[range(19, 299), response]
+    assert error(ours, exact) <= 1.1 * error(theirs, exact)
