@@ -6,18 +6,13 @@
                                                                                             │
     report ◀── verifier ◀── answers on held-out topics ◀── sample.py ◀── models ◀── train.py
 
-bench/verifiable.toml holds prompts and settings. A constraint stands beside its opposite (no comma,
-a comma), so no style passes both. A text passes if it obeys the constraint, answers the prompt and
-does not talk about the constraint. The same check is made where nobody asked for it, which tells
-following an instruction from a habit. --tune tries other settings on topics of their own.
-
-A step whose product is in OUT is not run again: the same command resumes, and one with other
---seeds or --methods adds to the report. Two may run at once. That a program can verify instructions
-is the idea of IFEval (arXiv 2311.07911); kinds, topics and wording are our own.
+A constraint stands beside its opposite (no comma, a comma), so no style passes both. To pass, a
+text must obey, be an answer, and not talk about the constraint. What is in OUT is not made again:
+the same command resumes, and other --seeds or --methods add to the report. That a program can
+verify instructions is IFEval's idea (arXiv 2311.07911); kinds, topics and wording are our own.
 """
 
 import argparse
-import itertools
 import json
 import random
 import re
@@ -26,9 +21,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from datetime import date
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +38,6 @@ from study.figures import COLOURS, panels, table
 ASK = tomllib.loads((ROOT / "bench" / "verifiable.toml").read_text(encoding="utf-8"))
 KINDS, METHODS, TRIED, COMMANDS = list(ASK["kinds"]), ASK["methods"], ASK["tried"], ASK["commands"]
 OPPOSITE = {kind: KINDS[i ^ 1] for i, kind in enumerate(KINDS)}
-DRAWS = ("greedy", "sampled")  # one answer, two answers
-SECONDS = {"candidates": 420, "train": 180, "greedy": 60, "sampled": 120}  # on one core
-
-# Prompts and the verifier
 
 
 def make_prompts(topics: str, share: int, ways: int) -> list[dict]:
@@ -76,10 +65,6 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+(?:['’][a-z]+)?", text.lower())
 
 
-def threes(said: list[str]) -> list[tuple[str, ...]]:
-    return list(zip(said, said[1:], said[2:]))
-
-
 def obeys(kind: str, value: str, text: str) -> bool:
     """Return whether a text obeys a constraint; a list may have one line that introduces it."""
     said, wanted = words(text), words(value)
@@ -98,108 +83,111 @@ def obeys(kind: str, value: str, text: str) -> bool:
     return checks[kind] if kind in checks else not checks[OPPOSITE[kind]]
 
 
-def problem(row: dict, text: str, finished: bool, kind: str = "", value: str = "") -> str:
-    """Return why a text does not pass, "" if it does; `kind` and `value` replace the prompt's."""
-    kind, value = (kind, value) if kind else (row["kind"], row["value"])
+def problem(row: dict, text: str, finished: bool) -> str:
+    """Return why a text does not pass as an answer to a prompt, or "" if it does."""
     body = INTRODUCTION.sub("", text.strip())
-    said, echo = words(body), set(threes(words(row["prompt"])))
+    said, asked = words(body), words(row["prompt"])
+    threes, echo = list(zip(said, said[1:], said[2:])), set(zip(asked, asked[1:], asked[2:]))
     rows = [line.strip() for line in body.splitlines() if line.strip()] or [""]
-    often = max(Counter(threes(said)).values(), default=0)
     stem = re.sub(r"(?<=...)(ies|m?ing|s|es)$", "", row["topic"].split()[0])
     problems = {
         "cut": not finished,
         "too short": len(said) < 6,
         "off the topic": not any(word.startswith(stem) for word in words(text)),
-        "repeats itself": often > 2 or len(set(rows)) < len(rows),
+        "repeats itself": len(set(rows)) < len(rows)
+        or any(n > 2 for n in Counter(threes).values()),
         "talks about the constraint": ABOUT_THE_CONSTRAINT.search(body.lower()),
-        "reads the prompt back": 2 * sum(t in echo for t in threes(said)) > len(said) - 2,
+        "reads the prompt back": 2 * sum(three in echo for three in threes) > len(threes),
         "does not end": not re.search(r"[.!?][\"'”)*]*$", body) and not ITEM.match(rows[-1]),
-        "constraint": not obeys(kind, value, text.strip()),
+        "constraint": not obeys(row["kind"], row["value"], text.strip()),
     }
     return next((name for name, found in problems.items() if found), "")
 
 
-def make_pairs(candidates: list[dict], seed: int, most: int = 2) -> list[dict]:
-    """Pair passing with failing candidates, at most `most` pairs a prompt, balanced in length.
+def make_pairs(candidates: list[dict], seed: int) -> list[dict]:
+    """Pair a prompt's passing candidates with one that only disobeys, and with one that fails.
 
-    Each pair brings the number of words of all chosen responses to a kind and its opposite as close
-    to that of the rejected ones as the prompt's candidates allow.
+    The first may answer the opposite prompt: no style tells them apart. Lengths are balanced.
     """
+    by_prompt = {(row["kind"], row["topic"]): row for row in candidates}
     pairs, excess = [], Counter()  # words of the chosen minus words of the rejected responses
     for row in random.Random(seed).sample(candidates, len(candidates)):
-        sides: dict[bool, list] = {True: [], False: []}
-        for text, finished in zip(row["responses"], row["finished"]):
-            sides[not problem(row, text, finished)].append((len(words(text)), text, finished))
-        both = min(row["kind"], OPPOSITE[row["kind"]])
-        for _ in range(min(most, *map(len, sides.values()))):
-            options = itertools.product(sides[True], sides[False])
-            pair = min(options, key=lambda pair: abs(excess[both] + pair[0][0] - pair[1][0]))
-            for side, response in zip((True, False), pair):
-                sides[side].remove(response)
-            lengths, texts, finished = zip(*pair)
-            excess[both] += lengths[0] - lengths[1]
-            judged = {"prompt": row["prompt"], "responses": texts, "scores": [1, 0]}
-            pairs.append(judged | {"finished": finished})
+        opposite = by_prompt[OPPOSITE[row["kind"]], row["topic"]]
+        both = min(row["kind"], opposite["kind"])
+        own, others = (
+            [(len(words(text)), text, done) for text, done in zip(r["responses"], r["finished"])]
+            for r in (row, opposite)
+        )
+        why = {answer: problem(row, *answer[1:]) for answer in own + others}
+        passing = [answer for answer in own if not why[answer]]
+        failing = [answer for answer in own if why[answer]]
+        for rejected in ([a for a in own + others if why[a] == "constraint"], failing):
+            options = [(c, r) for c in passing for r in rejected]
+            if options:
+                pair = min(options, key=lambda pair: abs(excess[both] + pair[0][0] - pair[1][0]))
+                passing.remove(pair[0])
+                lengths, texts, done = zip(*pair)
+                excess[both] += lengths[0] - lengths[1]
+                judged = {"prompt": row["prompt"], "responses": texts, "finished": done}
+                pairs.append(judged | {"scores": [1, 0]})
     return pairs
-
-
-# The steps
 
 
 def records(path: Path | str) -> list[dict]:
     return [record for _, record in read_records(str(path))]
 
 
-def plan(flags: argparse.Namespace) -> Iterator[tuple[str, str, str | Callable[[], list[dict]]]]:
-    """Yield each step: its kind, its product in OUT, and a command or what returns records."""
-    facts = [{"prompt": p, "kind": "fact", "value": v} for p, v in ASK["facts"].items()]
-    yield "prompts", "prompts.jsonl", lambda: make_prompts("train", 3, 3)
-    yield "prompts", "tuning.jsonl", lambda: make_prompts("tuning", 1, 3)
-    yield "prompts", "held-out.jsonl", lambda: make_prompts("held-out", 1, 4) + facts
-    yield "texts", "texts.jsonl", lambda: records(flags.texts)[:50]
-    yield "candidates", "candidates.jsonl", COMMANDS["candidates"]
-    runs, asked = [("base", "MODEL")], "tuning" if flags.tune else "held-out"
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def plan(flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield each step: the path of its product and its command, which runs in OUT."""
+    yield "candidates.jsonl", COMMANDS["candidates"]
+    asked = "tuning" if flags.tune else "held-out"
     methods = TRIED if flags.tune else {name: METHODS[name] for name in flags.methods}
-    read = partial(records, flags.out / "candidates.jsonl")
-    for seed in flags.seeds:
-        yield "pairs", f"pairs-{seed}.jsonl", lambda seed=seed: make_pairs(read(), seed)
-        for name, how in methods.items():
-            run = f"{name}-{seed}"
-            yield "train", f"{run}/model", f"{COMMANDS['train']} {how}".format(run=run, seed=seed)
-            runs.append((run, f"{run}/model"))
-    for (run, model), draw in itertools.product(runs, DRAWS):
-        out = f"{asked}/{run}-{draw}.jsonl"
-        yield draw, out, COMMANDS[draw].format(model=model, asked=asked, out=out)
+    runs = [(f"{name}-{seed}", seed, methods[name]) for seed in flags.seeds for name in methods]
+    for run, seed, how in [("base", 0, ""), *runs]:
+        if how:
+            yield f"{run}/model", f"{COMMANDS['train']} {how}".format(run=run, seed=seed)
+        for draw in ("greedy", "sampled"):  # one answer, two answers
+            model, out = f"{run}/model" if how else "MODEL", f"{asked}/{run}-{draw}.jsonl"
+            yield out, COMMANDS[draw].format(model=model, asked=asked, out=out)
 
 
-def make(flags: argparse.Namespace, product: str, work: str | Callable[[], list[dict]]) -> None:
-    """Run a step in OUT and note its seconds and command. A product that exists is complete."""
-    start, path = time.perf_counter(), flags.out / product
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(work, str):
-        script, *options = [str(flags.model) if w == "MODEL" else w for w in work.split()]
+def execute(flags: argparse.Namespace) -> None:
+    """Make what is missing in OUT. PRODUCT.step keeps seconds and command of what is there."""
+    out, candidates = flags.out, flags.out / "candidates.jsonl"
+    todo = [step for step in plan(flags) if not (out / step[0]).exists()]
+    print(f"{len(todo)} steps, about {2 * len(todo)} minutes on one core", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = [{"prompt": p, "kind": "fact", "value": v} for p, v in ASK["facts"].items()]
+    write(out / "prompts.jsonl", make_prompts("train", 3, 3))
+    write(out / "tuning.jsonl", make_prompts("tuning", 1, 3))
+    write(out / "held-out.jsonl", make_prompts("held-out", 1, 4) + facts)
+    write(out / "texts.jsonl", records(flags.texts)[:50])
+    for product, command in todo:
+        print(f"— {product}", flush=True)
+        for seed in flags.seeds if candidates.exists() else []:
+            write(out / f"pairs-{seed}.jsonl", make_pairs(records(candidates), seed))
+        (out / product).parent.mkdir(exist_ok=True)
+        start = time.perf_counter()
+        script, *options = [str(flags.model) if w == "MODEL" else w for w in command.split()]
         called = [sys.executable, str(ROOT / script), *options]
-        if code := subprocess.run(called, check=False, cwd=flags.out).returncode:
-            sys.exit(f"verifiable.py: {work}\nended with status {code}")
-    else:
-        part = path.with_name(path.name + ".part")
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in work()]
-        part.write_text("".join(lines), encoding="utf-8")
-        part.rename(path)
-    command = f"`python {work}`" if isinstance(work, str) else "within the script"
-    note = {"product": product, "seconds": round(time.perf_counter() - start), "command": command}
-    (flags.out / f"{product}.step").write_text(json.dumps(note))
-
-
-# The report
+        if code := subprocess.run(called, check=False, cwd=out).returncode:
+            sys.exit(f"verifiable.py: {command}\nended with status {code}")
+        note = [product, f"{time.perf_counter() - start:.0f}", f"`python {command}`"]
+        (out / f"{product}.step").write_text(json.dumps(note))
 
 
 class Run:
-    """Holds what the verifier says of a model's answers: why, lengths (words): [prompts, 3]."""
+    """Holds what the verifier says of a model's answers: why, passed, words: [prompts, 3]."""
 
-    def __init__(self, out: Path, name: str, asked: str):
-        self.name, self.rows, self.facts = name, [], 0
-        for row, more in zip(*(records(out / asked / f"{name}-{draw}.jsonl") for draw in DRAWS)):
+    def __init__(self, sampled: Path):
+        self.name, self.rows, self.facts = sampled.name.removesuffix("-sampled.jsonl"), [], 0
+        self.method, _, self.seed = self.name.rpartition("-")
+        greedy = sampled.with_name(f"{self.name}-greedy.jsonl")
+        for row, more in zip(records(greedy), records(sampled)):
             texts = row["responses"] + more["responses"]
             if row["kind"] == "fact":
                 self.facts += obeys("fact", row["value"], texts[0])
@@ -208,64 +196,55 @@ class Run:
         self.why = np.array([[problem(row, *text) for text in texts] for row, texts in self.rows])
         self.passed = 100.0 * (self.why == "")
         self.words = np.array([[len(words(t)) for t, _ in texts] for _, texts in self.rows])
-        log = out / name / "metrics.jsonl"
-        metrics = [r for r in records(log) if "eval_loss" in r] if log.exists() else []
-        self.good = [row["eval_avg_logps/chosen"] for row in metrics] or [0.0]
+        key, log = "eval_avg_logps/chosen", sampled.parent.parent / self.name / "metrics.jsonl"
+        self.good = [row[key] for row in records(log) if key in row] if log.exists() else [0.0]
 
     def summary(self) -> list[str]:
         """Return a row of the table of runs."""
         unseen = self.passed[[row["unseen"] for row, _ in self.rows]]
-        parts = [
-            self.passed[:, 0],
-            self.passed[:, 1:],
-            unseen if len(unseen) else np.nan,
-            self.words,
-        ]
+        parts = self.passed[:, 0], self.passed[:, 1:], unseen if len(unseen) else 0, self.words
         shown = [f"{np.mean(part):.1f}" for part in parts]
         return [self.name, *shown, str(self.facts), f"{self.good[-1] - self.good[0]:+.3f}"]
 
-    def where(self, kind: str) -> list[float]:
-        """Return how often a check passes, in %: where asked for, where its opposite is, elsewhere.
-
-        Where the opposite is asked for, the check takes that prompt's value.
-        """
-        found: dict[str, list[bool]] = {kind: [], OPPOSITE[kind]: [], "": []}
-        for i, (row, texts) in enumerate(self.rows):
-            place = row["kind"] if row["kind"] in found else ""
-            value = row["value"] if place else value_of(kind, row["topic"], i)
-            found[place] += [not problem(row, *text, kind, value) for text in texts]
-        return [100 * float(np.mean(part)) for part in found.values()]
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return a mean over [seeds, prompts] and its 95 % interval, drawing both with replacement."""
-    rng, (n, m) = np.random.default_rng(0), values.shape
-    draws = [(rng.integers(n, size=(n, 1)), rng.integers(m, size=m)) for _ in range(2000)]
-    return values.mean(), *np.quantile([values[draw].mean() for draw in draws], [0.025, 0.975])
+    def rates(self) -> np.ndarray:
+        """Return each check's pass rate and the mean, %: asked for, its opposite is, neither is."""
+        rates = []
+        for kind in KINDS:
+            found: dict[str, list[bool]] = {kind: [], OPPOSITE[kind]: [], "": []}
+            for i, (row, texts) in enumerate(self.rows):
+                place = row["kind"] if row["kind"] in found else ""
+                value = row["value"] if place else value_of(kind, row["topic"], i)
+                found[place] += [not problem(row | dict(kind=kind, value=value), *t) for t in texts]
+            rates.append([100 * np.mean(part) for part in found.values()])
+        return np.vstack([rates, np.mean(rates, axis=0)])
 
 
 def compare(runs: dict[str, list[Run]], one: str, other: str, number: str, paper: str) -> list[str]:
-    """Compare two methods prompt by prompt, over the seeds of both, with what the paper claims."""
-    pairs = list(zip(runs[one], runs[other] * (9 if other == "base" else 1)))
+    """Compare two methods prompt by prompt over the seeds of both; judge what the paper claims."""
+    pairs = [(a, b) for a in runs[one] for b in runs[other] if b.seed in ("base", a.seed)]
     change = np.array([getattr(a, number) - getattr(b, number) for a, b in pairs])
     greedy, sampled = change[:, :, :1], change[:, :, 1:]  # [seeds, prompts, answers]
-    cells = [interval(part.mean(2)) for part in (greedy, sampled, change)]
-    found = "more" if cells[2][1] > 0 else "less" if cells[2][2] < 0 else "level"
+    rng, (n, m, _) = np.random.default_rng(0), change.shape
+    draws = [(rng.integers(n, size=(n, 1)), rng.integers(m, size=m)) for _ in range(2000)]
+    shown = []
+    for part in (greedy.mean(2), sampled.mean(2), change.mean(2)):
+        low, high = np.quantile([part[draw].mean() for draw in draws], [0.025, 0.975])
+        shown.append(f"{part.mean():+.1f} [{low:+.1f}, {high:+.1f}]")
+    found = "more" if low > 0 else "less" if high < 0 else "level"
     verdict = "holds" if found == paper else "open" if found == "level" else "does not hold"
-    shown = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*cell) for cell in cells]
     counts = f"{(greedy > 0).sum()} : {(greedy < 0).sum()}"
-    return [f"{one} − {other}", number, str(len(pairs)), *shown, counts, paper, verdict]
+    return [f"{one} − {other}", number, str(n), *shown, counts, paper, verdict]
 
 
 def draw(runs: dict[str, list[Run]], rates: dict[str, np.ndarray], path: Path) -> None:
     """Draw greedy pass rates by method and seed, and each kind's where asked for and elsewhere."""
     figure, axes = panels(3, height=4.2)
     for i, (name, seeds) in enumerate(runs.items()):
-        greedy = [run.passed[:, 0].mean() for run in seeds]
-        axes[0].bar(name.replace("-", "\n"), np.mean(greedy), color=COLOURS[i], alpha=0.6)
+        greedy, look = [run.passed[:, 0].mean() for run in seeds], {"color": COLOURS[i]}
+        axes[0].bar(name.replace("-", "\n"), np.mean(greedy), alpha=0.6, **look)
         axes[0].plot([i] * len(greedy), greedy, "k.")
         for axis, rate in zip(axes[1:], rates[name].T[[0, 2]]):
-            axis.plot(rate[::-1], [*KINDS, "mean"][::-1], "osD^v"[i], color=COLOURS[i], label=name)
+            axis.plot(rate[::-1], [*KINDS, "mean"][::-1], "osD^v"[i], label=name, **look)
     for axis, title in zip(axes, ASK["heads"]["figure"]):
         axis.set_title(title, fontsize=9)
     axes[1].legend(fontsize=7)
@@ -274,44 +253,29 @@ def draw(runs: dict[str, list[Run]], rates: dict[str, np.ndarray], path: Path) -
 
 def report(out: Path) -> str:
     """Return the report on all that has been answered so far; draw OUT/verifiable.png."""
-
-    def answered(names: list[str], asked: str) -> list[Run]:
-        files = [(name, out / asked / f"{name}-{DRAWS[-1]}.jsonl") for name in names]
-        return [Run(out, name, asked) for name, file in files if file.exists()]
-
-    every = {name: [f"{name}-{seed}" for seed in range(9)] for name in METHODS}
-    every = {
-        name: answered(runs, "held-out") for name, runs in ({"base": ["base"]} | every).items()
-    }
-    runs = {name: seeds for name, seeds in every.items() if seeds}
-    rates = {}  # [kinds and their mean; asked, opposite, elsewhere]
-    for name, seeds in runs.items():
-        mean = np.mean([[run.where(kind) for kind in KINDS] for run in seeds], axis=0)
-        rates[name] = np.vstack([mean, mean.mean(0)])
+    held_out = [Run(file) for file in sorted(out.glob("held-out/*-sampled.jsonl"))]
+    tried = [Run(file) for file in sorted(out.glob("tuning/*-sampled.jsonl"))]
+    every = {name: [run for run in held_out if run.method == name] for name in ("", *METHODS)}
+    runs = {name or "base": seeds for name, seeds in every.items() if seeds}
+    rates = {name: np.mean([run.rates() for run in runs[name]], axis=0) for name in runs}
     draw(runs, rates, out / "verifiable.png")
-    share = lambda name, why: f"{100 * np.mean([run.why == why for run in runs[name]]):.1f}"
-    cell = lambda rate: " / ".join(f"{part:.0f}" for part in rate)
-    tried = answered(["base", *(f"{name}-0" for name in TRIED)], "tuning")
-    notes = [json.loads(note.read_text()) for note in sorted(out.rglob("*.step"))]
-    tables = {
+    rows: dict[str, list[list[str]]] = {
         "runs": [run.summary() for seeds in runs.values() for run in seeds],
         "claims": [compare(runs, *claim) for claim in ASK["claims"] if {*claim[:2]} <= runs.keys()],
-        "kinds": [
-            [kind, *(cell(rates[name][k]) for name in runs)]
-            for k, kind in enumerate([*KINDS, "mean"])
-        ],
-        "flaws": [
-            [why, *(share(name, why) for name in runs)]
-            for why in np.unique(runs["base"][0].why)
-            if why
-        ],
-        "tried": [[*run.summary()[:3], TRIED.get(run.name[:-2], "")] for run in tried],
-        "steps": [[note["product"], str(note["seconds"]), note["command"]] for note in notes],
+        "kinds": [[kind] for kind in (*KINDS, "mean")],
+        "reasons": [[why] for why in np.unique(runs["base"][0].why) if why],
+        "tried": [[*run.summary()[:3], TRIED.get(run.method, "")] for run in tried],
+        "steps": [json.loads(note.read_text()) for note in sorted(out.rglob("*.step"))],
     }
-    heads = ASK["heads"] | {"kinds": ["kind", *runs], "flaws": ["% of the answers", *runs]}
-    shown = {name: table(heads[name], rows) for name, rows in tables.items()}
-    where = f"{cpu()}, {torch.get_num_threads()} thread, torch {torch.__version__}, {date.today()}"
-    return ASK["report"]["text"].lstrip().format(where=where, **shown)
+    for name in runs:
+        for row, rate in zip(rows["kinds"], rates[name]):
+            row.append(" / ".join(f"{part:.0f}" for part in rate))
+        for row in rows["reasons"]:
+            row.append(f"{100 * np.mean([run.why == row[0] for run in runs[name]]):.1f}")
+    heads = ASK["heads"] | {"kinds": ["kind", *runs], "reasons": ["% of the answers", *runs]}
+    tables = {name: table(heads[name], rows[name]) for name in rows}
+    where = f"{cpu()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    return ASK["report"]["text"].lstrip().format(where=where, **tables)
 
 
 def main() -> None:
@@ -326,12 +290,7 @@ def main() -> None:
     add("--tune", action="store_true", help="train the settings of [tried], answer tuning prompts")
     flags = parser.parse_args()
     flags.out, flags.model = flags.out.absolute(), flags.model.absolute()
-    todo = [step for step in plan(flags) if not (flags.out / step[1]).exists()]
-    minutes = sum(SECONDS.get(kind, 1) for kind, _, _ in todo) / 60
-    print(f"{len(todo)} steps, about {minutes:.0f} minutes on one core", flush=True)
-    for i, (_, product, work) in enumerate(todo, 1):
-        print(f"— {i}/{len(todo)} {product}", flush=True)
-        make(flags, product, work)
+    execute(flags)
     text = report(flags.out)
     (flags.out / "VERIFIABLE.md").write_text(text, encoding="utf-8")
     print(text)
