@@ -104,32 +104,27 @@ def problem(row: dict, text: str, finished: bool) -> str:
     return next((name for name, found in problems.items() if found), "")
 
 
-def make_pairs(candidates: list[dict], seed: int) -> list[dict]:
-    """Pair a prompt's passing candidates with one that only disobeys, and with one that fails.
+def make_pairs(candidates: list[dict], seed: int, most: int = 2) -> list[dict]:
+    """Pair passing with failing candidates of a prompt, at most `most` times.
 
-    The first may answer the opposite prompt: no style tells them apart. Lengths are balanced.
+    Of all pairs that a prompt allows, the one is taken that brings the words of chosen and rejected
+    responses to a kind and its opposite closest.
     """
-    by_prompt = {(row["kind"], row["topic"]): row for row in candidates}
     pairs, excess = [], Counter()  # words of the chosen minus words of the rejected responses
     for row in random.Random(seed).sample(candidates, len(candidates)):
-        opposite = by_prompt[OPPOSITE[row["kind"]], row["topic"]]
-        both = min(row["kind"], opposite["kind"])
-        own, others = (
-            [(len(words(text)), text, done) for text, done in zip(r["responses"], r["finished"])]
-            for r in (row, opposite)
-        )
-        why = {answer: problem(row, *answer[1:]) for answer in own + others}
-        passing = [answer for answer in own if not why[answer]]
-        failing = [answer for answer in own if why[answer]]
-        for rejected in ([a for a in own + others if why[a] == "constraint"], failing):
-            options = [(c, r) for c in passing for r in rejected]
-            if options:
-                pair = min(options, key=lambda pair: abs(excess[both] + pair[0][0] - pair[1][0]))
-                passing.remove(pair[0])
-                lengths, texts, done = zip(*pair)
-                excess[both] += lengths[0] - lengths[1]
-                judged = {"prompt": row["prompt"], "responses": texts, "finished": done}
-                pairs.append(judged | {"scores": [1, 0]})
+        sides: dict[bool, list] = {True: [], False: []}
+        for text, finished in zip(row["responses"], row["finished"]):
+            sides[not problem(row, text, finished)].append((len(words(text)), text, finished))
+        both = min(row["kind"], OPPOSITE[row["kind"]])
+        for _ in range(min(most, *map(len, sides.values()))):
+            options = [(c, r) for c in sides[True] for r in sides[False]]
+            pair = min(options, key=lambda pair: abs(excess[both] + pair[0][0] - pair[1][0]))
+            sides[True].remove(pair[0])
+            sides[False].remove(pair[1])
+            lengths, texts, finished = zip(*pair)
+            excess[both] += lengths[0] - lengths[1]
+            judged = {"prompt": row["prompt"], "responses": texts, "scores": [1, 0]}
+            pairs.append(judged | {"finished": finished})
     return pairs
 
 
@@ -200,10 +195,11 @@ class Run:
         self.good = [row[key] for row in records(log) if key in row] if log.exists() else [0.0]
 
     def summary(self) -> list[str]:
-        """Return a row of the table of runs."""
+        """Return a row of the table of runs; the fourth number leaves out what is no answer."""
         unseen = self.passed[[row["unseen"] for row, _ in self.rows]]
-        parts = self.passed[:, 0], self.passed[:, 1:], unseen if len(unseen) else 0, self.words
-        shown = [f"{np.mean(part):.1f}" for part in parts]
+        obeyed = self.passed[(self.why == "") | (self.why == "constraint")]
+        parts = self.passed[:, 0], self.passed[:, 1:], unseen if len(unseen) else 0, obeyed
+        shown = [f"{np.mean(part):.1f}" for part in (*parts, self.words)]
         return [self.name, *shown, str(self.facts), f"{self.good[-1] - self.good[0]:+.3f}"]
 
     def rates(self) -> np.ndarray:

@@ -102,32 +102,34 @@ def test_prompts_stand_beside_their_opposites_and_no_topic_is_in_two_sets():
     assert sum(row["unseen"] for row in sets[1]) == 60 and not any(r["unseen"] for r in sets[0])
 
 
-def candidates(kind: str, texts: str, finished: bool = True) -> dict:
-    row = {"prompt": kind, "kind": kind, "topic": "foxes", "value": ""}
-    return row | {"responses": texts.split("|"), "finished": [finished] * (1 + texts.count("|"))}
+def candidates(kind: str, texts: str) -> dict:
+    row = {"prompt": f"{kind} {len(texts)}", "kind": kind, "topic": "foxes", "value": ""}
+    return row | {"responses": texts.split("|"), "finished": [True] * (1 + texts.count("|"))}
 
 
-def test_a_pair_differs_in_what_was_asked_for_and_is_balanced_in_length():
-    """Take a rejected response from the opposite prompt; keep the mark of one that was cut."""
-    comma, without = "Foxes eat mice, frogs and old fruit.", "Foxes eat mice and sleep all day."
-    rows = [candidates("comma", comma), candidates("no comma", f"{without}|Foxes, foxes, foxes.")]
-    pairs = {(p["prompt"], p["responses"]) for p in verifiable.make_pairs(rows, seed=0)}
-    assert pairs == {("comma", (comma, without)), ("no comma", (without, comma))}
-
-    longer = "Foxes eat mice, frogs and fruit that is old and lies on the ground."
-    rows = [candidates("comma", f"{longer}|{comma}"), candidates("no comma", f"{without}|{FOX}.")]
+def test_pairs_are_balanced_in_length_over_a_kind_and_its_opposite():
+    """Take a pair in which the chosen response is longer where it was shorter before."""
+    short = "Foxes eat mice and frogs all day"
+    long = "Foxes eat mice and frogs and fruit that is old all day"
+    one = candidates("comma", f"{short}, yes.|{short}.|{long}.")
+    other = candidates("no comma", f"{long}, yes.|{short}.|{long}.")
     for seed in range(4):
-        pairs = verifiable.make_pairs(rows, seed)
+        pairs = verifiable.make_pairs([one, other], seed, most=1)
         chosen, rejected = zip(*(pair["responses"] for pair in pairs))
+        assert len(pairs) == 2 and all(pair["scores"] == [1, 0] for pair in pairs)
         size = [sum(len(verifiable.words(text)) for text in side) for side in (chosen, rejected)]
-        assert abs(size[0] - size[1]) <= 3, pairs
-        assert all(pair["scores"] == [1, 0] for pair in pairs)
+        assert abs(size[0] - size[1]) <= 2
 
-    rows = [candidates("comma", comma), candidates("no comma", f"{FOX}, and", finished=False)]
-    assert verifiable.make_pairs(rows, seed=0) == []
-    rows[0] = candidates("comma", f"{comma}|{FOX}") | {"finished": [True, False]}
-    [pair] = verifiable.make_pairs(rows, seed=0)
-    assert pair["responses"] == (comma, FOX) and pair["finished"] == (True, False)
+
+def test_a_response_serves_once_and_keeps_its_mark():
+    good, bad = "Foxes eat mice, frogs and fruit.", "Foxes eat mice and frogs all day."
+    row = candidates("comma", f"{good}|{FOX}|{bad}|{good} They sleep, too.")
+    row["finished"][1] = False  # cut while it was sampled
+    pairs = verifiable.make_pairs([row], seed=0)
+    assert [len({pair["responses"][i] for pair in pairs}) for i in (0, 1)] == [2, 2]
+    assert {pair["finished"] for pair in pairs} == {(True, False), (True, True)}
+    assert len(verifiable.make_pairs([row], seed=0, most=1)) == 1
+    assert verifiable.make_pairs([candidates("comma", good), candidates("comma", bad)], 0) == []
 
 
 class Answers:
