@@ -5,13 +5,11 @@ Both sides get the same tokens and compute the same log-probabilities; ratios fo
 
 import argparse
 import ast
-import json
 import runpy
 import sys
 from pathlib import Path
 
 import compare
-import decoding
 import limits
 import numpy as np
 import peer
@@ -19,7 +17,6 @@ import pytest
 import switches
 import torch
 
-import sample
 import workload
 from data import Pair, assign
 from formats.checkpoint import load
@@ -235,33 +232,3 @@ def test_only_an_objective_with_a_reference_is_given_one(objective, given, monke
     flags = flags_of(max_length=64, microbatch_tokens=64, shape=None, activation_checkpointing=True)
     compare.our_run(flags, tmp_path / "pairs.jsonl", objective, "cached", "", tmp_path)
     assert ("--reference=cached" in started) is given
-
-
-# Decoding, beside transformers.
-
-
-def test_decoding_bench(monkeypatch, tmp_path, capsys):
-    """Give the same tokens as transformers, with and without stop tokens, and see a difference."""
-    pytest.importorskip("transformers", minversion="4.56")
-    texts = ["describe the fox .", "describe the fox and the moon and the owl .", "the owl"]
-    lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
-    (tmp_path / "prompts.jsonl").write_text("".join(lines))
-    flags = f"--model {TOY} --prompts {tmp_path}/prompts.jsonl --batch-size 2"
-    flags += " --max-new-tokens 24 --repeats 1"
-    for extra in ([], ["--stop"]):
-        monkeypatch.setattr(sys, "argv", ["decoding.py", *flags.split(), *extra])
-        decoding.main()
-        out = capsys.readouterr().out
-        assert "3 prompts of " in out and "ratio " in out and out.endswith("equal\n"), out
-        assert "first difference" not in out
-
-
-def test_decoding_bench_sees_a_difference():
-    model, prompts = load(TOY), [[1, 2, 3], [4, 5]]
-    generated = sample.generate(model, prompts, set(), 5)
-    changed = [generated[0], list(generated[1])]
-    changed[1][3] += 1
-    said = decoding.first_difference(model, prompts, generated, changed)
-    assert said.startswith("1 of 2 answers equal")
-    assert "token 3 of answer 1" in said
-    assert decoding.cut([5, 7, 2, 0, 2], {2}) == [5, 7, 2] and decoding.cut([5, 7], {2}) == [5, 7]
