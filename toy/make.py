@@ -297,8 +297,9 @@ def main() -> None:
     add("--steps", type=int, default=600, help="fine-tuning steps of 48 texts (default: 600)")
     add("--prompts", type=int, default=2000, help="prompts for training pairs (default: 2000)")
     add("--held-out", type=int, default=400, help="prompts for held-out pairs (default: 400)")
+    flags = parser.parse_args()
     with report_errors("make.py", ends=__name__ == "__main__"):
-        make(parser.parse_args())
+        make(flags)
 
 
 def make(flags: argparse.Namespace) -> None:
