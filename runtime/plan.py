@@ -489,12 +489,8 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
     phases, fullest, rounds = lay_out(settings, machine)
     on_gpu = worst(lay_out(replace(settings, offload=False), machine)[0])
     of_step = Load.of(list(itertools.chain(*steps))).times(1 / len(steps))
-    most = int(
-        max(
-            math.ceil(max(sum(pair.tokens for pair in step) for step in steps) / machine.gpus),
-            longest.tokens,
-        )
-    )
+    largest_step = max(sum(pair.tokens for pair in step) for step in steps)
+    most = max(math.ceil(largest_step / machine.gpus), alone[0].tokens)
     largest = largest_microbatch(config, settings, machine, fullest, most)
     flops, share = step_flops(config, settings, steps), options.mfu
     times = step_times(config, settings, machine, of_step.times(1 / machine.gpus), rounds)
@@ -619,14 +615,13 @@ def step_lines(plan: Plan, settings: Settings) -> Iterable[str]:
     if plan.seconds and machine.peak:
         share = plan.flops / (plan.seconds * machine.gpus * machine.peak)
         peak = f"{machine.gpus} × {machine.peak / 1e12:.0f} TFLOP/s"
-        how = "modelled; --mfu assumes another share" if plan.times else "--mfu, --gpu-tflops"
-        run = (
-            f"; {plan.steps:,} steps in {duration(plan.steps * plan.seconds)}" if plan.steps else ""
-        )
-        yield f"time          {duration(plan.seconds)} a step at {share:.0%} of {peak} ({how}){run}"
+        how = "modelled" if plan.times else "--mfu"
+        yield f"time          {duration(plan.seconds)} a step at {share:.0%} of {peak} ({how})"
         if plan.times:
             *beside, last = (f"{name} {duration(t)}" for name, t in plan.times.items() if t)
-            yield f"              {', '.join(beside)}, beside each other; then {last}"
+            yield f"              the longest of {', '.join(beside)};\n{'':14}then {last}"
+        if plan.steps:
+            yield f"              {plan.steps:,} steps in {duration(plan.steps * plan.seconds)}"
     else:
         yield f"time          unknown: pass --gpu-tflops, the peak of a {each(plan)}, or --mfu"
 

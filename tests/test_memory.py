@@ -57,7 +57,8 @@ def chosen(shape: Config, gib: float, gpus: int = 8, **flags) -> tuple[Settings,
     pairs = [Pair(prompt, (response, response))] * 128
     machine = plan.Machine("cuda", "", gpus, gib * GIB, None)
     settings = plan.resolve_auto(shape, Settings(**flags, dtype="bf16"), machine, [pairs])
-    load = plan.Load.of(pairs).filled(settings.microbatch_tokens)
+    step = plan.Load.of(pairs)
+    load = step.times(settings.microbatch_tokens / step.tokens)
     return settings, sum(plan.worst(plan.memory(shape, settings, machine, load)).values()) / GIB
 
 
