@@ -143,7 +143,7 @@ def test_overwriting_can_be_killed_anywhere(monkeypatch, tmp_path, owner, name, 
             assert e.code == 130
     run(monkeypatch, out, **flags, lr=2e-3, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "model",
+        "checkpoints", "config.json", "metrics.jsonl", "model", "tokens",
     ]  # fmt: skip
 
 

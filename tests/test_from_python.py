@@ -34,7 +34,7 @@ def test_both_examples_learn(monkeypatch, tmp_path, capsys):
         settings = Settings(objective="hinge", lr=5e-4, **flags(tmp_path, "hinge"))
         result = train(settings)
         assert result["after"]["loss"] < result["before"]["loss"] - 0.01
-        assert "hinge, beta 10.0: 4 steps" in capsys.readouterr().out
+        assert "hinge, beta 10.0\n  4 steps" in capsys.readouterr().out
         # per token −1 against −2 and against −1.05, at β 10: margins of 10 and ½
         chosen, rejected = torch.tensor([-4.0, -4.0]), torch.tensor([-4.0, -2.1])
         lengths = torch.tensor([4, 4]), torch.tensor([2, 2])

@@ -207,7 +207,23 @@ def test_planning_keys_of_a_file_wait_for_plan(tmp_path):
     assert (options.gpus, options.mfu) == (8, 0.5) and settings.model == "m"
 
 
-NOT_PATHS = {"NAME", "NAMES", "DATE", "TEXT", "N", "G", "B", "T", "P", "K", "S", "SHARE", None}
+NOT_PATHS = {
+    "NAME",
+    "NAMES",
+    "STR",
+    "N|auto",
+    "DATE",
+    "TEXT",
+    "N",
+    "G",
+    "B",
+    "T",
+    "P",
+    "K",
+    "S",
+    "SHARE",
+    None,
+}
 
 
 def flags_of(read: Callable, monkeypatch, *words: str) -> list[argparse.Action]:
