@@ -223,7 +223,7 @@ def test_only_an_objective_with_a_reference_is_given_one(objective, given, monke
     """Leave the flag out for any other, since train.py refuses it."""
     started = []
 
-    def start(script: Path, *arguments: str) -> str:
+    def start(script: Path, *arguments: str, **_) -> str:
         started.extend(arguments)
         (tmp_path / "run").mkdir()
         row = '{"pairs_per_second": 1, "loss": 1, "peak_memory_gib": 1, '
