@@ -100,13 +100,13 @@ def test_master_weights_and_their_gradients_are_float32(monkeypatch):
 
 
 def test_two_steps_of_adamw_by_hand():
-    """Rate, betas, eps and weight decay are all the settings'."""
+    """Rate, betas, eps and weight decay are all the settings', and every parameter is trained."""
     rate, decay, eps, one, two = 0.1, 0.3, 0.05, 0.6, 0.7
     settings = Settings(lr=rate, adam_beta1=one, adam_beta2=two, adam_eps=eps, weight_decay=decay)
     model = tiny.fill(Llama(Config(7, 8, 8, 1, 1, 1, 8)))
     optimizer = train.make_optimizer(model, settings)
-    weight = model.lm_head.weight
-    expected, mean, square = weight.detach().double().clone(), 0.0, 0.0
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    mean, square = 0.0, 0.0
     for step, slope in enumerate((0.5, -0.1), 1):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, slope)
@@ -114,8 +114,13 @@ def test_two_steps_of_adamw_by_hand():
         mean = one * mean + (1 - one) * slope
         square = two * square + (1 - two) * slope**2
         root = math.sqrt(square / (1 - two**step))
-        expected = expected * (1 - rate * decay) - rate * mean / (1 - one**step) / (root + eps)
-        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+        move = rate * mean / (1 - one**step) / (root + eps)
+        for name, parameter in model.named_parameters():
+            shrunk = 1 - rate * decay * (parameter.dim() > 1)  # gains do not decay
+            expected[name] = expected[name] * shrunk - move
+            torch.testing.assert_close(
+                parameter.detach().double(), expected[name], rtol=1e-5, atol=1e-6, msg=name
+            )
 
 
 @pytest.mark.parametrize("steps, warmup", [(25, 3), (11, 2), (1, 1), (20, 2)])
@@ -228,6 +233,14 @@ def test_ties_are_first_in_neither_ranking():
     cells = analyze.contingency(np.array([0, 0, 1, 0, -1]), np.array([0, 1, 0, -1, 0]))
     expected = {"both": 0.0, "reward only": 0.2, "likelihood only": 0.2, "neither": 0.6}
     assert cells == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.25, 1), (0.5, 2), (0.75, 3), (0.7501, 4), (1.0, 4)])
+def test_top_p_at_its_edge(top_p, kept):
+    """Four tokens have exactly ¼ each: two of them reach ½, and a third would be one too many."""
+    draws = torch.arange(64, dtype=torch.float64) / 64
+    picked = sample.pick(torch.zeros(64, 4), draws, 1.0, top_p, 0)
+    assert len(set(picked.tolist())) == kept
 
 
 def test_every_answer_has_a_stream_of_its_own(monkeypatch):
