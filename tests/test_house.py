@@ -119,11 +119,22 @@ def test_readme_is_short_and_names_every_file():
     assert ours <= named <= ours | {path.name for path in (ROOT / "toy").glob("*.py")}
 
 
+def titles(page: Path) -> list[str]:
+    """Return the anchors of a page's titles, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in found]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if "://" not in link and not (target.exists() and (not anchor or anchor in titles(target))):
+            missing.append(link)
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", FIVE)

@@ -78,21 +78,11 @@ def test_numbers_of_the_miniature_are_the_committed_ones():
     assert numbers <= set(re.findall(number, results))
 
 
-def test_links_lead_somewhere():
-    for link, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", FILE.read_text()):
-        target = FILE.parent / link
-        assert target.exists(), link
-        titles = [
-            re.sub(r"[^\w -]", "", t) for t in re.findall(r"^#+ (.*)$", target.read_text(), re.M)
-        ]
-        assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], anchor
-
-
 def test_it_is_one_sitting():
     """Prose, formulas and tables; code and drawings are not counted."""
     text = FILE.read_text()
     assert len(FENCE.sub("", text).split()) <= 3500
-    assert len(text.partition("\n## Words\n")[2].splitlines()) <= 25
+    assert 0 < len(text.partition("\n## Words\n")[2].splitlines()) <= 25
 
 
 @pytest.mark.parametrize(
