@@ -95,6 +95,23 @@ def test_master_weights_and_their_gradients_are_float32(monkeypatch):
     assert {p.reduce_dtype for p in policies} == {torch.float32}
 
 
+@pytest.mark.parametrize("gather_once", [True, False])
+def test_gather_once_communicates_once(gather_once):
+    """Only the last micro-batch reduces gradients; without the flag only the copies wait for it."""
+    calls: dict[str, bool] = {}
+
+    class Recorder:
+        def __getattr__(self, name: str):
+            return lambda value: calls.update({name: value})
+
+    postponed = {"set_requires_all_reduce", "set_is_last_backward"}
+    if gather_once:
+        postponed |= {"set_requires_gradient_sync", "set_reshard_after_backward"}
+    for last in (False, True):
+        train.sync_gradients(Recorder(), Settings(gather_once=gather_once), last)
+        assert calls == dict.fromkeys(postponed, last)
+
+
 # --------------------------------------------------------------------------------------------------
 # The optimizer
 
