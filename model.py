@@ -418,9 +418,8 @@ def train_flops(config: Config, pair: Any) -> float:
     paths = [prompt, *(prompt + r for r in responses)]  # of n tokens, the last ones see m each
     seen = [m * n - m * (m - 1) / 2 for n in paths for m in [min(n, c.sliding_window or n)]]
     visible = sum(seen[1:]) - (len(responses) - 1) * seen[0]
-    block = (
-        6 * weights * (prompt + sum(responses)) + 12 * c.num_attention_heads * c.head_dim * visible
-    )
+    tokens, q = prompt + sum(responses), c.num_attention_heads * c.head_dim
+    block = 6 * weights * tokens + 12 * q * visible
     return c.num_hidden_layers * block + 6 * c.vocab_size * c.hidden_size * sum(responses)
 
 

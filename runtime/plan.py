@@ -39,11 +39,12 @@ from formats.authors import encoder
 from formats.checkpoint import read_config
 from formats.errors import DataError, InputError, printable
 from formats.hub import at_hand
+from formats.progress import Progress
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, train_flops
 from runtime.gpus import GPUS, Items, Layout, Load, Machine, extra_passes, find_gpu, step_times
-from runtime.inputs import Inputs, all_steps, encode_usable, join_blocks, read_blocks
+from runtime.inputs import BLOCK, Inputs, all_steps, encode_usable, join_blocks, read_blocks
 from runtime.processes import free_memory, print0
 from runtime.settings import AUTO, PlanOptions, Settings
 
@@ -390,7 +391,8 @@ def assumed_pairs(
 def sampled_pairs(settings: Settings, folder: Path) -> tuple[list[Pair], int | None, str]:
     """Read the data, count its pairs and tokenize the first ones."""
     tokenizer = Tokenizer(folder, read_template(settings.chat_template), settings.date)
-    whole = join_blocks(settings.data, settings, read_blocks(settings.data, settings))
+    blocks = Progress(f"reading {settings.data}", read_blocks(settings.data, settings), each=BLOCK)
+    whole = join_blocks(settings.data, settings, blocks)
     examples = whole.examples
     for note in whole.notes:
         print(printable(note))

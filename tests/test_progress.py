@@ -135,9 +135,9 @@ def test_no_other_mechanism():
 def test_data_goes_to_stdout_and_progress_to_stderr(monkeypatch, capsys):
     read = records._read_lines
 
-    def slowly(path):
+    def slowly(*arguments):
         time.sleep(0.8)
-        yield from read(path)
+        yield from read(*arguments)
 
     monkeypatch.setattr(progress, "FIRST", 0.1)
     monkeypatch.setattr(records, "_read_lines", slowly)
