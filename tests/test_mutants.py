@@ -19,6 +19,7 @@ import train
 from data import Pair, pack
 from formats import checkpoint
 from formats.candidates import Question
+from formats.errors import DataError
 from formats.tokenizer import Tokenizer
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, TiledLogps, rotary_table, train_flops
@@ -277,6 +278,44 @@ def test_every_answer_has_a_stream_of_its_own(monkeypatch):
     for first in (0, 2):  # two groups of two questions
         sample.respond(model, tokenizer, [question] * 2, first, 3, bar)
     assert len(set(used)) == len(used) == 4 * 2 * 3
+
+
+def test_the_longest_prompts_are_decoded_first():
+    """A step costs as much as its longest row, so rows of like lengths share a step."""
+    model = checkpoint.load(TOY / "checkpoint")
+    prompts = [[5], [5, 6, 7], [5, 6]]
+    order = [index for index, *_ in sample.decode(model, prompts, set(), 1, batch_size=1)]
+    assert order == [1, 2, 0]
+
+
+def test_a_prompt_leaves_room_for_one_token():
+    tokenizer, prompts = Tokenizer(TOY / "checkpoint"), [("here:1", "describe the fox .")]
+    [ids] = tokenizer.encode_prompts([tokenizer.prompt_text(prompts[0][1], "")])
+    room = SimpleNamespace(max_position_embeddings=len(ids) + 1)
+    assert sample.encode_prompts(tokenizer, room, prompts) == [ids]
+    room.max_position_embeddings -= 1
+    with pytest.raises(DataError, match=f"here:1: {len(ids)} tokens"):
+        sample.encode_prompts(tokenizer, room, prompts)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_an_answer_is_finished_if_its_last_token_ends_a_turn(stops, monkeypatch):
+    tokenizer = Tokenizer(TOY / "checkpoint")
+    answer = tokenizer.encode_responses(["the fox runs away ."])[0][: None if stops else -1]
+    monkeypatch.setattr(sample, "decode", lambda *_, **__: ((0, t, False) for t in answer))
+    question = Question("here", {}, [{"role": "user", "content": "describe the fox ."}], [], 1.0)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    bar = SimpleNamespace(update=lambda n: None)
+    [[[found]]] = sample.respond(model, tokenizer, [question], 0, 1, bar)
+    assert found.finished is stops
+
+
+@pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (-math.inf, 1.0), (1.0, math.inf)])
+def test_no_step_is_taken_if_loss_or_norm_is_not_finite(loss, norm):
+    pair = Pair(np.ones(1, np.int32), (), "pairs.jsonl:7")
+    with pytest.raises(FloatingPointError, match="step 3: loss .*; pairs.jsonl:7"):
+        train.stop_if_not_finite(2, [pair], {"loss": loss, "grad_norm": norm})
+    train.stop_if_not_finite(2, [pair], {"loss": 1.0, "grad_norm": 1.0})
 
 
 # --------------------------------------------------------------------------------------------------
