@@ -21,6 +21,7 @@ from formats import checkpoint
 from formats.candidates import Question
 from formats.errors import DataError
 from formats.tokenizer import Tokenizer
+from methods import baselines
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, TiledLogps, rotary_table, train_flops
 from runtime import processes, reference, run
@@ -316,6 +317,14 @@ def test_no_step_is_taken_if_loss_or_norm_is_not_finite(loss, norm):
     with pytest.raises(FloatingPointError, match="step 3: loss .*; pairs.jsonl:7"):
         train.stop_if_not_finite(2, [pair], {"loss": loss, "grad_norm": norm})
     train.stop_if_not_finite(2, [pair], {"loss": 1.0, "grad_norm": 1.0})
+
+
+@pytest.mark.parametrize("average", [-1e-5, -1e-4, -0.5])
+def test_odds_of_likely_responses(average):
+    """ORPO's log-odds are exact up to p = 1 − 10⁻⁶."""
+    logps, lengths = torch.tensor([average], dtype=torch.float64), torch.ones(1)
+    _, odds, _ = baselines.orpo_loss(logps, logps, lengths, lengths, 0.1)
+    assert odds.item() == pytest.approx(average - math.log(-math.expm1(average)))
 
 
 # --------------------------------------------------------------------------------------------------
