@@ -18,7 +18,7 @@ import tiny
 import train
 from data import Pair, pack
 from formats import checkpoint
-from formats.candidates import Question
+from formats.candidates import Answer, AnswerFile, Question
 from formats.errors import DataError
 from formats.tokenizer import Tokenizer
 from methods import baselines
@@ -325,6 +325,22 @@ def test_odds_of_likely_responses(average):
     logps, lengths = torch.tensor([average], dtype=torch.float64), torch.ones(1)
     _, odds, _ = baselines.orpo_loss(logps, logps, lengths, lengths, 0.1)
     assert odds.item() == pytest.approx(average - math.log(-math.expm1(average)))
+
+
+def test_an_answer_is_on_disk_before_the_next_is_made(tmp_path):
+    """A kill costs the answers that are being made, and no other."""
+    question = Question("here", {}, [{"role": "user", "content": "why ?"}], [], 1.0)
+    out, seen = AnswerFile(tmp_path / "out.jsonl", [question] * 2, {"num_samples": 1}), []
+    out.file, out.records = out.lock(overwrite=False), []
+
+    def answered():
+        for _ in range(2):
+            seen.append(out.work.read_text().count("because"))
+            yield question, [[Answer("because", True)]]
+
+    with out.file:
+        out.write(answered())
+    assert seen == [0, 1]
 
 
 # --------------------------------------------------------------------------------------------------
