@@ -68,7 +68,10 @@ def parse_json(raw: bytes) -> object:
             raise ValueError(f"duplicate key: {name}")
         return value
 
-    value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    except json.JSONDecodeError as e:  # it counts lines within `raw`, which may be one of many
+        raise ValueError(f"{e.msg} at character {e.pos + 1}") from None
     if re.search(rb"\\u[dD][89a-fA-F]", raw):
         json.dumps(value, ensure_ascii=False).encode()
     return value

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ from methods.objectives import OBJECTIVES
 from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, train_flops
 from runtime.gpus import GPUS, Items, Layout, Load, Machine, extra_passes, find_gpu, step_times
 from runtime.inputs import BLOCK, Inputs, all_steps, encode_usable, join_blocks, read_blocks
-from runtime.processes import free_memory, print0
+from runtime.processes import free_memory, is_rank_0, print0
 from runtime.settings import AUTO, PlanOptions, Settings
 
 GIB = 2**30
@@ -415,7 +416,8 @@ def machine_for(settings: Settings, options: PlanOptions) -> Machine:
     Raises:
         InputError: --gpu names none that the table of data sheets holds, or there are none.
     """
-    gpu, gpus = None, options.gpus or 1
+    ranks = int(os.environ.get("WORLD_SIZE", 0))  # torchrun --nproc-per-node 8 train.py --plan
+    gpu, gpus = None, options.gpus or ranks or 1
     if settings.device == "cpu" and options.gpu:
         raise InputError(f"--gpu {options.gpu}: --device cpu uses no GPU")
     if settings.device == "cpu":
@@ -425,7 +427,7 @@ def machine_for(settings: Settings, options: PlanOptions) -> Machine:
         kind, name, gpus = (
             "cuda",
             torch.cuda.get_device_name(),
-            options.gpus or torch.cuda.device_count(),
+            options.gpus or ranks or torch.cuda.device_count(),
         )
         memory_here = torch.cuda.get_device_properties(0).total_memory
         gpu = find_gpu(name)
@@ -553,15 +555,18 @@ def memory_savers(
     if machine.kind == "cuda":
         more = replace(machine, gpus=2 * machine.gpus)
         totals[f"--gpus {more.gpus}"] = total_of(settings, more)
-    return {flags: size for flags, size in totals.items() if size < total_of(settings, machine)}
+    now = total_of(settings, machine)
+    return {flags: size for flags, size in sorted(totals.items(), key=itemgetter(1)) if size < now}
 
 
 def print_plan(settings: Settings, options: PlanOptions) -> None:
-    """Print the plan of a run.
+    """Print the plan of a run; under torchrun, rank 0 does.
 
     Raises:
         InputError: the run does not fit, or as `make_plan` does.
     """
+    if not is_rank_0():
+        return
     plan = make_plan(settings, options)
     machine, settings = plan.machine, plan.settings
     kind = f"{settings.objective}, {settings.dtype}"
@@ -592,7 +597,8 @@ def memory_lines(plan: Plan, settings: Settings) -> Iterable[str]:
     yield f"{row('the worst phase', [plan.total])}   {verdict} in {machine.memory / GIB:.2f}"
     for flags, size in helps.items():
         host = f", and {on_host(plan)} on the host" if flags == "--offload" else ""
-        yield f"{row('  with', [size])}   {flags}{host}"
+        still = "" if size <= machine.memory else "still too much: "
+        yield f"{row('  with', [size])}   {still}{flags}{host}"
     if settings.offload and machine.kind == "cuda":
         yield f"  on the host             {on_host(plan)}: {', '.join(PERSISTENT)}"
 
@@ -611,8 +617,10 @@ def step_lines(plan: Plan, settings: Settings) -> Iterable[str]:
     size = f"{plan.step_pairs} pairs, {plan.step_tokens:,.0f} tokens"
     yield f"step          {size}; micro-batches of each {each(plan)}: {fullest}"
     whole = ": a whole step at once" if plan.largest == plan.most else ""
-    largest = f"{plan.largest:,}{whole}" if plan.largest else "none is small enough"
-    yield f"largest       --microbatch-tokens {largest}"
+    largest = (
+        f"--microbatch-tokens {plan.largest:,}{whole}" if plan.largest else "no micro-batch fits"
+    )
+    yield f"largest       {largest}"
     yield f"work          {plan.flops:.3g} floating-point operations a step"
     if plan.seconds and machine.peak:
         share = plan.flops / (plan.seconds * machine.gpus * machine.peak)

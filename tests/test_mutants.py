@@ -343,6 +343,16 @@ def test_an_answer_is_on_disk_before_the_next_is_made(tmp_path):
     assert seen == [0, 1]
 
 
+@pytest.mark.parametrize("count, world", [(7, 3), (2, 4), (0, 2), (6, 2)])
+def test_the_slices_of_all_ranks_are_the_whole(count, world, monkeypatch):
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: world)
+    items, slices = list(range(count)), []
+    for rank in range(world):
+        monkeypatch.setattr(processes.dist, "get_rank", lambda rank=rank: rank)
+        slices += processes.slice_of(items)
+    assert slices == items
+
+
 # --------------------------------------------------------------------------------------------------
 # Against transformers; last, because importing it takes seconds
 

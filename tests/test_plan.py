@@ -14,6 +14,7 @@ import data
 import train
 import workload
 from formats.checkpoint import read_config
+from formats.errors import InputError
 from model import Block, Config, PackedAttention, rotary_table
 from runtime import gpus, plan
 from runtime.processes import multiplies_bf16
@@ -333,3 +334,22 @@ def test_memory_is_as_measured(tmp_path, flags):
         [*plan_check.write_inputs(tmp_path, shape), *flags]
     )
     assert predicted == pytest.approx(taken, rel=0.15)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_plan_under_torchrun_is_that_of_its_ranks(rank, monkeypatch, capsys):
+    """`torchrun --nproc-per-node 8 train.py --plan` plans eight GPUs, once."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(plan, "is_rank_0", lambda: rank == 0)
+    model = "--model=meta-llama/Meta-Llama-3-8B-Instruct"
+    plan.print_plan(*read_command([model, "--data=owner/pairs", "--plan", "--gpu=H100"]))
+    assert capsys.readouterr().out.count("8 × H100 of 80 GiB") == (rank == 0)
+
+
+def test_remedies_that_fit_come_first(capsys):
+    flags = ["--model=meta-llama/Meta-Llama-3-8B-Instruct", "--data=owner/pairs", "--plan"]
+    with pytest.raises(InputError, match="needs"):
+        plan.print_plan(*read_command([*flags, "--gpu=A100-40", "--gpus=1"]))
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    with")]
+    assert "--offload" in found[0] and "still" not in found[0]
+    assert len(found) > 1 and all("still too much: --" in line for line in found[1:])
