@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from test_train import TOY
 
@@ -351,6 +352,17 @@ def test_the_slices_of_all_ranks_are_the_whole(count, world, monkeypatch):
         monkeypatch.setattr(processes.dist, "get_rank", lambda rank=rank: rank)
         slices += processes.slice_of(items)
     assert slices == items
+
+
+@pytest.mark.parametrize("mine, theirs", [(False, True), (True, False), (False, False)])
+def test_one_rank_that_says_so_is_enough(mine, theirs, monkeypatch):
+    ways = {dist.ReduceOp.MAX: torch.maximum, dist.ReduceOp.MIN: torch.minimum}
+
+    def all_reduce(flags: torch.Tensor, way: dist.ReduceOp) -> None:
+        flags.copy_(ways[way](flags, torch.tensor(float(theirs))))
+
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
+    assert processes.any_rank(mine, torch.device("cpu")) is (mine or theirs)
 
 
 # --------------------------------------------------------------------------------------------------
