@@ -98,9 +98,12 @@ def run_tests(tree: Path, targets: list[str], limit: float) -> str | None:
         )
         import pytest
 
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *targets])
-        sys.stdout.flush()
-        os._exit(status)
+        status = 1
+        try:
+            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *targets])
+            sys.stdout.flush()
+        finally:  # whatever happens, this copy of the process ends here
+            os._exit(status)
     end = time.monotonic() + limit
     while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
         time.sleep(0.1)

@@ -542,13 +542,13 @@ def memory_savers(
     settings: Settings, machine: Machine, total_of: Callable[[Settings, Machine], float]
 ) -> Items:
     """Return the flags that would lower the memory per GPU, and the total with each of them."""
-    fewer = settings.microbatch_tokens // 2
+    fewer = max(1, settings.microbatch_tokens // 2)
     changes = {
         "--activation-checkpointing": replace(settings, activation_checkpointing=True),
         "--keep-products none": replace(settings, keep_products="none"),
         "--reference cached": replace(settings, reference="cached"),
         "--no-gather-once": replace(settings, gather_once=False),
-        f"--microbatch-tokens {fewer}": replace(settings, microbatch_tokens=max(1, fewer)),
+        f"--microbatch-tokens {fewer}": replace(settings, microbatch_tokens=fewer),
         "--offload": replace(settings, offload=True),
     }
     totals = {flags: total_of(changed, machine) for flags, changed in changes.items()}

@@ -440,7 +440,7 @@ def chosen_before(
     except CheckpointError:
         return {}, None
     names = [f.name for f in fields(Settings)]
-    same = {*names[: names.index("out")]} - {*AUTO, "date"}  # all that could need memory, and more
+    same = {*names[: names.index("out")]} - {*auto, "date"}  # all that could need memory, and more
     begun, now = found.get("settings", {}), asdict(settings)
     if not auto <= {*found.get("auto", ())} or any(begun.get(name) != now[name] for name in same):
         return {}, None

@@ -574,7 +574,7 @@ def expand_home(value: Any) -> Any:
         return [expand_home(path) for path in value]
     if isinstance(value, str):
         return "=".join(map(os.path.expanduser, value.split("=")))
-    return value.expanduser()
+    return Path(os.path.expanduser(value))  # unlike Path.expanduser, it keeps an unknown ~user
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,8 +3,8 @@
 Half a million pairs are several million Python objects, and tokenizing them takes minutes. `Pairs`
 makes the objects of a pair only while it is used. OUT/tokens/data.safetensors and eval_data.*, for
 `--eval-data`, hold the arrays and what was printed about them, so that a restart maps them into
-memory and reads no data. They are safe to delete: what is missing, damaged or made of anything else
-is made again. `load_pairs` in runtime/inputs.py makes the arrays.
+memory and parses no data. They are safe to delete: what is missing, damaged or made of something
+else is made again. `load_pairs` in runtime/inputs.py makes the arrays.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from formats.errors import printable
 from formats.files import digests, stat_of
 from formats.records import data_files
 from formats.tokenizer import Tokenizer
+from methods.objectives import OBJECTIVES
 from runtime.processes import gather, print0
 from runtime.settings import Settings
 
@@ -87,11 +88,13 @@ class Tokenized:
 
     counts: records read, cut and dropped.
     messages: what is printed about them.
+    path: the file that they were mapped from, if they were.
     """
 
     pairs: Pairs
     counts: dict[str, int]
     messages: list[str]
+    path: Path | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,8 +127,9 @@ def key_of(which: str, tokenizer: Tokenizer, settings: Settings) -> Key:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     ours = {f.name for f in fields(settings) if not f.metadata["may_change"]} - {"model"}
+    responses = OBJECTIVES[settings.objective].responses
     content = [
-        [which, tokenizer.template, tokenizer.date, versions],
+        [which, tokenizer.template, tokenizer.date, versions, responses],
         {name: str(getattr(settings, name)) for name in sorted(ours | SHAPE_TOKENS)},
         [[str(path), *digests([path]).values()] for path in stats],
         [entry["sha256"] for entry in digests([*companions, *code]).values()],
@@ -147,7 +151,7 @@ def find(which: str, key: Key, settings: Settings) -> Tokenized | None:
         if path.exists():
             try:
                 found = read(path, key)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+            except (SafetensorError, OSError, ValueError, LookupError, TypeError) as e:
                 problem = f"{e}" or type(e).__name__
         everywhere = gather((found is not None, problem))
         if all(usable for usable, _ in everywhere):
@@ -161,7 +165,7 @@ def read(path: Path, key: Key) -> Tokenized | None:
     """Map the tokens in a file; None if they have another key.
 
     Raises:
-        SafetensorError, OSError, ValueError, KeyError, TypeError: they are not what was saved.
+        SafetensorError, OSError, ValueError, LookupError, TypeError: they are not what was saved.
     """
     with safe_open(path, "pt") as file:  # unlike NumPy's, these arrays are maps of the file
         about = json.loads((file.metadata() or {})["about"])
@@ -174,7 +178,7 @@ def read(path: Path, key: Key) -> Tokenized | None:
     pairs = Pairs(tokens, lengths, where)
     if about["pairs"] != pairs.digest:
         raise ValueError("its tokens have changed")
-    return Tokenized(pairs, about["counts"], about["messages"])
+    return Tokenized(pairs, about["counts"], about["messages"], path)
 
 
 def save(out: Path, which: str, key: Key, tokenized: Tokenized) -> None:
@@ -183,6 +187,8 @@ def save(out: Path, which: str, key: Key, tokenized: Tokenized) -> None:
     A file that cannot be written costs no more than the next start: a warning says so.
     """
     path, pairs = out / "tokens" / f"{which}.safetensors", tokenized.pairs
+    if path == tokenized.path:
+        return
     about = {"key": key.sha256, "counts": tokenized.counts, "messages": tokenized.messages}
     about["pairs"] = pairs.digest
     about["sha256"] = _sha256(about, pairs.lengths, pairs.where)

@@ -317,3 +317,20 @@ def test_what_cannot_be_kept_costs_no_run(monkeypatch, capsys, kept, why):
     assert not path.exists() and not list(path.parent.glob("*"))
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith(f"warning: {path} is not kept") != (why == "changed data")
+
+
+def test_what_was_mapped_is_not_written_again(kept):
+    settings, tokenizer, _ = kept
+    path = Path(settings.out) / "tokens" / "data.safetensors"
+    key = tokens.key_of("data", tokenizer, settings)
+    before = path.stat()
+    tokens.save(Path(settings.out), "data", key, tokens.read(path, key))
+    assert path.stat().st_ino == before.st_ino
+
+
+def test_an_objective_that_takes_fewer_responses_finds_no_pairs(monkeypatch, kept):
+    """Its own author may change it, under the same name."""
+    settings, tokenizer, _ = kept
+    now = tokens.OBJECTIVES[settings.objective]
+    monkeypatch.setitem(tokens.OBJECTIVES, settings.objective, replace(now, responses=1))
+    assert not reopened(monkeypatch, settings, tokenizer)

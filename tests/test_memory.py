@@ -135,12 +135,16 @@ def test_a_resumed_run_keeps_the_number(monkeypatch, tmp_path, capsys):
     assert first["microbatch_tokens"] > 100 and first["keep_products"] == "all"
     monkeypatch.setattr(plan, "free_memory", lambda device: 1.0)
     hardware = {"processes": 1, "device": runs.name_of(torch.device("cpu"))}
+    auto = {"microbatch_tokens", "keep_products"}
     for change, kept in (({}, True), ({"device": "H100"}, False), ({"processes": 2}, False)):
         settings = read_settings(arguments(tmp_path / "run", **flags)).resolved("cpu")
-        found, _ = runs.chosen_before(settings, {"microbatch_tokens"}, hardware | change)
-        assert (found == {"microbatch_tokens": first["microbatch_tokens"]}) is kept
+        found, _ = runs.chosen_before(settings, auto, hardware | change)
+        assert found == ({name: first[name] for name in auto} if kept else {})
     settings.activation_checkpointing = False
-    assert runs.chosen_before(settings, {"microbatch_tokens"}, hardware) == ({}, None)
+    assert runs.chosen_before(settings, auto, hardware) == ({}, None)
+    settings = read_settings(arguments(tmp_path / "run", **flags)).resolved("cpu")
+    settings.microbatch_tokens = 65536  # the products that were kept fit beside fewer tokens
+    assert runs.chosen_before(settings, {"keep_products"}, hardware) == ({}, None)
     run(monkeypatch, tmp_path / "run", **flags)
     last = config_of(tmp_path / "run")["settings"]
     assert last["microbatch_tokens"] == first["microbatch_tokens"]

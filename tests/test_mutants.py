@@ -3,6 +3,7 @@
 bench/mutations.py has the mutations.
 """
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from formats.tokenizer import Tokenizer
 from methods import baselines
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, TiledLogps, rotary_table, train_flops
-from runtime import processes, reference, run
+from runtime import processes, reference, run, tokens
 from runtime.settings import Settings
 from study import analyze
 
@@ -363,6 +364,37 @@ def test_one_rank_that_says_so_is_enough(mine, theirs, monkeypatch):
 
     monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
     assert processes.any_rank(mine, torch.device("cpu")) is (mine or theirs)
+
+
+def test_a_digest_of_tokens_knows_where_a_response_ends():
+    """The same tokens, cut elsewhere into prompt and responses, are other pairs."""
+    one, two, three = (np.full(n, 5, np.int32) for n in (1, 2, 3))
+    cuts = [[two, one], [one, two], [three], [one, one, one]]
+    assert len({tokens.digest([cut]) for cut in cuts}) == len(cuts)
+
+
+@pytest.mark.parametrize("kind, positions", [("mistral", 2**17), ("llama", 2048)])
+def test_positions_that_config_json_leaves_open(kind, positions, tmp_path):
+    """They are transformers' defaults."""
+    raw = json.loads((TOY / "checkpoint" / "config.json").read_text())
+    del raw["max_position_embeddings"]
+    raw |= {"model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"sliding_window": None}))
+    assert checkpoint.read_config(tmp_path).max_position_embeddings == positions
+
+
+def test_scores_of_many_pairs_stay_with_their_pairs(monkeypatch):
+    """Pairs are scored in groups of 256, and each group in any order."""
+    pairs = [Pair(np.ones(1, np.int32), (np.ones(1 + i % 7, np.int32),) * 2) for i in range(300)]
+
+    def response_logps(model, pairs):
+        lengths = torch.tensor([[len(r) for r in pair.responses] for pair in pairs])
+        return -lengths.float(), lengths
+
+    monkeypatch.setattr(analyze.train, "response_logps", response_logps)
+    logps, lengths = analyze.score_pairs(None, pairs, 64)
+    assert lengths[:, 0].tolist() == [1 + i % 7 for i in range(300)]
+    assert torch.equal(logps, -lengths.float())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from runtime.settings import read_settings
 from study import analyze
 
 
-def hinge_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, beta, delta):
+def angle_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, beta, delta):
     """Ask the chosen average to win by `delta`; a SLiC-HF on SimPO's reward."""
     chosen_rewards = beta * chosen_logps / chosen_lengths
     rejected_rewards = beta * rejected_logps / rejected_lengths
@@ -25,17 +25,17 @@ def hinge_loss(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, b
 
 
 @pytest.fixture
-def hinge(monkeypatch):
+def angle(monkeypatch):
     """Add the objective: the function above and this line."""
     entry = Objective(
-        lambda p, s: hinge_loss(*p.logps, *p.lengths, s.beta, s.delta), {"beta": 5.0, "delta": 2.0}
+        lambda p, s: angle_loss(*p.logps, *p.lengths, s.beta, s.delta), {"beta": 5.0, "delta": 2.0}
     )
-    monkeypatch.setitem(OBJECTIVES, "hinge", entry)
+    monkeypatch.setitem(OBJECTIVES, "angle", entry)
 
 
-def test_a_new_objective_trains_on_the_toy(monkeypatch, hinge, tmp_path):
-    """Without a toy/hinge.toml it trains on the model and data of toy/simpo.toml."""
-    settings = read_settings(["--objective=hinge"])
+def test_a_new_objective_trains_on_the_toy(monkeypatch, angle, tmp_path):
+    """Without a toy/angle.toml it trains on the model and data of toy/simpo.toml."""
+    settings = read_settings(["--objective=angle"])
     assert settings.data == str(TOY / "train.jsonl") and settings.batch_size == 32
     assert (settings.beta, settings.delta) == (
         5.0,
@@ -44,28 +44,28 @@ def test_a_new_objective_trains_on_the_toy(monkeypatch, hinge, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join((TOY / "heldout.jsonl").open().readlines()[:100]))
     flags = {"data": TOY / "train.jsonl", "eval_data": few, "batch_size": 32, "max_steps": 12}
-    rows = run(monkeypatch, tmp_path / "run", objective="hinge", **flags)
+    rows = run(monkeypatch, tmp_path / "run", objective="angle", **flags)
     before, after = rows[0], rows[-1]
     assert after["eval_loss"] < before["eval_loss"]
     assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
-    assert recorded["objective"] == "hinge" and recorded["delta"] == 2.0
+    assert recorded["objective"] == "angle" and recorded["delta"] == 2.0
 
 
-def test_help_defaults_and_checks_follow(monkeypatch, hinge, capsys, tmp_path):
+def test_help_defaults_and_checks_follow(monkeypatch, angle, capsys, tmp_path):
     with pytest.raises(SystemExit):
         read_settings(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "hinge}" in text and "1.0 for slic; 2.0 for hinge" in text
-    line = fails(monkeypatch, capsys, tmp_path / "run", 2, objective="hinge", length_norm=True)
-    assert "--length-norm: not a setting of hinge" in line
+    assert "angle}" in text and "1.0 for slic; 2.0 for angle" in text
+    line = fails(monkeypatch, capsys, tmp_path / "run", 2, objective="angle", length_norm=True)
+    assert "--length-norm: not a setting of angle" in line
     line = fails(monkeypatch, capsys, tmp_path / "run", 2, objective="dpo", delta=1.0)
-    assert "--delta: not a setting of dpo, but of slic, hinge" in line
+    assert "--delta: not a setting of dpo, but of slic, angle" in line
 
 
-def test_analyses_know_its_reward(hinge):
+def test_analyses_know_its_reward(angle):
     logps, lengths = torch.tensor([[-4.0, -6.0]]), torch.tensor([[2, 3]])
-    settings = read_settings(["--objective=hinge", "--model=m", "--data=d"])
+    settings = read_settings(["--objective=angle", "--model=m", "--data=d"])
     assert analyze.rewards_of(settings, logps, lengths).tolist() == [[-10.0, -10.0]]
 
 
