@@ -250,10 +250,10 @@ TILE_STEP = 128  # widths are multiples of it, the width that matmul kernels of 
 class TiledLogps(torch.autograd.Function):
     """Computes log softmax(hidden · weightᵀ)[target], float32 [N], without all N × V logits.
 
-    Logits exist for one tile of vocabulary entries at a time, for all N rows. Forward keeps only
-    the log-sum-exp of each row; with it, backward recomputes the probabilities of a tile. Each
-    vocabulary row belongs to one tile, so its gradient is written once, as one product over all N
-    positions, instead of being summed over chunks of positions.
+    Logits exist for one tile of vocabulary entries at a time, for all N rows. Forward keeps,
+    beyond its inputs, the log-sum-exp of each row; with it, backward recomputes a tile's
+    probabilities. Each vocabulary row belongs to one tile, so its gradient is written once, as one
+    product over all N positions, instead of being summed over chunks of positions.
     """
 
     @staticmethod

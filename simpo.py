@@ -10,7 +10,7 @@ probability. They differ in what they call a reward:
 
 DPO's reward is the one for which the policy is optimal if leaving π_ref costs a KL penalty; π_ref
 must be kept. SimPO defines its reward directly: apart from the factor β it is the average
-log-probability, by which decoding ranks responses. What is trained is what generation goes by.
+log-probability, the measure by which beam search, for one, ranks what a model may say.
 
     paper  here              unit                 shape
     -----  ----              ----                 -----
