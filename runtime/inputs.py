@@ -272,7 +272,8 @@ def join_blocks(name: str, settings: Settings, blocks: Iterable[Block]) -> Block
     Raises:
         DataError: no record has a column that `--columns` or `--ignore-columns` names.
     """
-    whole, lengths = Block(0, settings.named_columns), [Block(0, settings.named_columns).lengths]
+    whole = Block(0, settings.named_columns)
+    lengths = [whole.lengths]
     for block in blocks:
         whole.examples += block.examples
         whole.counts += block.counts

@@ -323,7 +323,7 @@ def fit_to_memory(settings: Settings, inputs: Inputs, device: torch.device) -> N
     if not names:
         return
     machine = Machine(device.type, "", dist.get_world_size(), free_memory(device), None)
-    sizes = np.array([pair.tokens for pair in inputs.pairs])
+    sizes = inputs.pairs.lengths.sum(1)
     largest = max(inputs.steps, key=lambda step: sizes[step].sum())
     steps = [[inputs.pairs[i] for i in indices] for indices in (largest, [sizes.argmax()])]
     fitting = resolve_auto(inputs.config, settings, machine, steps)
@@ -416,19 +416,17 @@ def machine_for(settings: Settings, options: PlanOptions) -> Machine:
     Raises:
         InputError: --gpu names none that the table of data sheets holds, or there are none.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", 0))  # torchrun --nproc-per-node 8 train.py --plan
-    gpu, gpus = None, options.gpus or ranks or 1
+    # torchrun --nproc-per-node 8 train.py --plan: of 8
+    asked = options.gpus or int(os.environ.get("WORLD_SIZE", 0))
+    gpu, gpus = None, asked or 1
     if settings.device == "cpu" and options.gpu:
         raise InputError(f"--gpu {options.gpu}: --device cpu uses no GPU")
     if settings.device == "cpu":
         kind, name = "cpu", "CPU process"
         memory_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus
     elif options.gpu is None and torch.cuda.is_available():
-        kind, name, gpus = (
-            "cuda",
-            torch.cuda.get_device_name(),
-            options.gpus or ranks or torch.cuda.device_count(),
-        )
+        kind, name = "cuda", torch.cuda.get_device_name()
+        gpus = asked or torch.cuda.device_count()
         memory_here = torch.cuda.get_device_properties(0).total_memory
         gpu = find_gpu(name)
     else:
