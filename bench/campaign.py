@@ -232,6 +232,7 @@ START = {  # phases before the first step: (owner, function, call)
     "flags read": (train, "read_command", 1),
     "ranks joined": (train, "start_ranks", 1),
     "model opened": (inputs, "open_model", 1),
+    "tokens looked for": (inputs, "find", 1),
     "tokenizing": (inputs, "load_pairs", 1),
     "tokenizing the held-out": (inputs, "load_pairs", 2),
     "model built": (train, "build_model", 1),
@@ -292,7 +293,7 @@ def signal_cases(bench: Bench) -> Iterator[Case]:
 
     yield Case("signals", "SIGHUP under nohup", nohup, (0,))
     for phase, (owner, name, call) in {**START, **STEPS}.items():
-        if phase in ("tokenizing", "folder cleared", "clipping"):
+        if phase in ("tokens looked for", "folder cleared", "clipping"):  # it does not tokenize
             hook = at(owner, name, send(term), 1)
             yield Case("signals", f"a resumed run: {phase}", hook, (RESUME_ME,), before=bench.begun)
 
