@@ -40,8 +40,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# (layer, q [T,H,E], k [T,K,E], v [T,K,E]) → [T,H,E]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (the layer's module, q [T,H,E], k [T,K,E], v [T,K,E]) → [T,H,E]
+Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.layer = layer
+        self.index = layer
         self.head_dim = config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
@@ -118,7 +118,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        out = attend(self, rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.flatten(-2))
 
 
@@ -144,11 +144,8 @@ class Block(nn.Module):
         self.save_matmuls("none")  # … except the matmuls that this names
 
     def save_matmuls(self, which: str) -> None:
-        """Choose which matmul outputs activation checkpointing saves: "none", "attention" or "all".
-
-        down_proj's output is never needed in backward.
-        """
-        a, m = self.self_attn, self.mlp
+        """Choose the matmul outputs that checkpointing saves: "none", "attention" or "all"."""
+        a, m = self.self_attn, self.mlp  # backward never needs the output of down_proj
         attention = [a.q_proj, a.k_proj, a.v_proj, a.o_proj]
         saved = {"none": [], "attention": attention, "all": [*attention, m.gate_proj, m.up_proj]}
         shapes = frozenset((layer.in_features, layer.out_features) for layer in saved[which])
@@ -184,8 +181,8 @@ def checkpoint_policy(
 
     Attention costs most to recompute per byte kept. saved_matmuls: (features in, features out).
     """
-    attention = "aten::_scaled_dot_product_flash_attention_for_cpu", "torch_attn::_varlen_attn"
-    save = op.name() in attention
+    flash, fused = "torch_attn::_varlen_attn", "aten::_scaled_dot_product_flash_attention_for_cpu"
+    save = op.name() in (flash, fused, "aten::bmm")  # bmm: the last step of `attention`
     save |= op.name() == "aten::mm" and tuple(args[1].shape) in saved_matmuls
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -303,7 +300,7 @@ class TiledLogps(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 # Attention over a packed stream
 
-QUERY_BLOCK = 128  # query rows per block in `sdpa`; keys after its last row are skipped
+QUERY_BLOCK = 128  # queries per block; keys after its last query are skipped
 
 
 def flash_runs(device: torch.device) -> bool:
@@ -345,11 +342,10 @@ class PackedAttention:
         if self.flash_runs:
             self.kernel = flash_kernel(window)
             self.cu_q, self.cu_k = (to_device(cu, key_index.device) for cu in (cu_q, cu_k))
-        self.mask: Tensor | None = None  # shared by all blocks, segments and layers, see `sdpa`
+        self.mask: Tensor | None = None  # shared by all segments and layers, see `blocks`
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        narrow = q.dtype in (torch.bfloat16, torch.float16)
-        flash = self.flash_runs and narrow and flash_takes(q.shape[-1])
+    def __call__(self, layer: "Attention", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flash = self.flash_runs and q.dtype.itemsize == 2 and flash_takes(q.shape[-1])
         return self.flash(q, k, v) if flash else self.by_segment(q, k, v)
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -358,47 +354,50 @@ class PackedAttention:
         return self.kernel(q, k, v, self.cu_q, self.cu_k, *self.longest)
 
     def by_segment(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Run PyTorch's own kernels segment by segment."""
-        # Their backward on CPUs is nearly three times as fast in float32 as in bfloat16.
-        k32, v32 = (upcast(x).index_select(0, self.key_index) for x in (k, v))
-        lengths = self.q_lengths, self.k_lengths, self.k_lengths
-        segments = zip(*(x.split(sizes) for x, sizes in zip((upcast(q), k32, v32), lengths)))
-        blocks = [block for segment in segments for block in self.sdpa(*segment)]
-        return torch.cat(blocks).to(q.dtype)
+        """Compute segment by segment, on any device and in any dtype."""
+        group = q.shape[1] // k.shape[1]  # query heads that share a key head: rows of one matrix
+        q = q.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)  # [K, T · group, E]
+        k, v = (x.transpose(0, 1).index_select(1, self.key_index) for x in (k, v))  # [K, S, E]
+        lengths = [n * group for n in self.q_lengths], self.k_lengths, self.k_lengths
+        segments = zip(*(x.split(sizes, dim=1) for x, sizes in zip((q, k, v), lengths)))
+        blocks = [block for segment in segments for block in self.blocks(*segment, group)]
+        return torch.cat(blocks, dim=1).unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
 
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-        """Yield one segment's output in blocks of queries, on any device and in any dtype.
+    def blocks(self, q: Tensor, k: Tensor, v: Tensor, group: int) -> Iterator[Tensor]:
+        """Yield the output of a segment, q [K, Tq · group, E] and k, v [K, Tk, E], block by block.
 
-        q is [Tq, H, E]; k and v are [Tk, K, E]. A mask entry depends only on how far the key is
-        behind the query, so one mask serves all blocks: its row i is the query at position
-        `longest` + i, its column j the key at position j. A block that begins at position p reads
-        it shifted by `longest` − p columns.
+        Whether a query sees a key depends on their distance, so one mask serves all blocks: its
+        row i is the query at position `longest` + i // group, its column j the key at position j.
+        A block that begins at position p reads it shifted by `longest` − p columns.
         """
         longest = self.longest[1]
         if self.mask is None:
-            self.mask = self.make_mask(longest, q)
-        # [K, H/K, Tq, E]: query heads that share a key head are one batch
-        q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
-        k, v = (x.transpose(0, 1)[:, None] for x in (k, v))  # [K, 1, Tk, E]
-        position = k.shape[2] - q.shape[2]  # of the block's first query
-        for block in q.split(QUERY_BLOCK, dim=2):
-            n = block.shape[2]
+            self.mask = self.make_mask(longest, q, group)
+        position = k.shape[1] - q.shape[1] // group  # of the block's first query
+        for block in q.split(QUERY_BLOCK * group, dim=1):
+            n = block.shape[1] // group
             visible = slice(max(0, position + 1 - (self.window or longest)), position + n)
-            mask = self.mask[:n, longest - position + visible.start : longest + n]
-            keys, values = (x[:, :, visible].expand(-1, q.shape[1], -1, -1) for x in (k, v))
-            out = F.scaled_dot_product_attention(block, keys, values, attn_mask=mask)
-            yield out.permute(2, 0, 1, 3).flatten(1, 2)  # [n, H, E]
+            mask = self.mask[: n * group, longest - position + visible.start : longest + n]
+            yield attention(block, k[:, visible], v[:, visible], mask)
             position += n
 
-    def make_mask(self, longest: int, q: Tensor) -> Tensor:
-        """Return the mask that `sdpa` slices: [QUERY_BLOCK, longest + QUERY_BLOCK]."""
-        sizes = QUERY_BLOCK, longest + QUERY_BLOCK
-        rows, columns = (torch.arange(n, device=q.device) for n in sizes)
+    def make_mask(self, longest: int, q: Tensor, group: int) -> Tensor:
+        """Return the mask that `blocks` slices: [QUERY_BLOCK · group, longest + QUERY_BLOCK]."""
+        rows = torch.arange(QUERY_BLOCK, device=q.device).repeat_interleave(group)
+        columns = torch.arange(longest + QUERY_BLOCK, device=q.device)
         distance = longest + rows[:, None] - columns
         masked = (distance < 0) | (distance >= (self.window or longest + 1))
         if q.is_cuda:  # kernels need an aligned float mask, and make one of a slice of booleans
             return ~masked
         return torch.zeros_like(masked, dtype=q.dtype).masked_fill_(masked, -torch.inf)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Return softmax(q kᵀ / √E + mask) v, the attention of one block of queries."""
+    if q.is_cuda or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)[0]
+    # On a CPU, the backward of that kernel takes bfloat16 three times as long as plain matmuls.
+    return torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 # --------------------------------------------------------------------------------------------------

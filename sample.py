@@ -41,7 +41,7 @@ from formats.checkpoint import checkpoint_folder, load, read_config
 from formats.errors import DataError, InputError, printable
 from formats.progress import Progress, write
 from formats.tokenizer import Tokenizer, read_template
-from model import Attend, Config, Llama, PackedAttention
+from model import Attend, Attention, Config, Llama, PackedAttention
 from runtime.processes import out_of_memory
 from runtime.sample_flags import TOY, USAGE, Flags
 from runtime.settings import parse_table
@@ -72,11 +72,11 @@ class KVCache:
         stream = torch.arange(sum(lengths), device=self.k.device)
         packed = PackedAttention(stream, offsets, offsets, self.window)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prompts = zip(lengths, k.split(lengths), v.split(lengths))
             for row, (n, keys, values) in enumerate(prompts, first):
-                self.k[layer, row, :, :n] = keys.transpose(0, 1)
-                self.v[layer, row, :, :n] = values.transpose(0, 1)
+                self.k[layer.index, row, :, :n] = keys.transpose(0, 1)
+                self.v[layer.index, row, :, :n] = values.transpose(0, 1)
             return packed(layer, q, k, v)
 
         return attend
@@ -95,14 +95,14 @@ class KVCache:
         mask = (distance >= 0) & (distance < (self.window or longest))
         mask = mask[:, None, None]  # [rows, heads, queries, keys]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer, rows, :, newest] = k
-            self.v[layer, rows, :, newest] = v
+        def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.k[layer.index, rows, :, newest] = k
+            self.v[layer.index, rows, :, newest] = v
             # Query heads that share a key head become several queries of that one head.
             q = q.unflatten(1, (k.shape[1], -1))  # [rows, key-value heads, queries, features]
             out = []
             for block, seen in blocks:
-                keys, values = (cache[layer, block, :, seen] for cache in (self.k, self.v))
+                keys, values = (cache[layer.index, block, :, seen] for cache in (self.k, self.v))
                 allowed = mask[block, :, :, seen]
                 out += [F.scaled_dot_product_attention(q[block], keys, values, attn_mask=allowed)]
             return torch.cat(out).flatten(1, 2)

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from data import Pair, pack
 from formats.checkpoint import compute_device, load
-from model import Llama, PackedAttention, to_device
+from model import Attention, Llama, PackedAttention, to_device
 from simpo import simpo_loss
 from train import response_logps
 
@@ -45,7 +45,7 @@ def rectangle(model: Llama, pairs: list[Pair]) -> Tensor:
     device = compute_device(model)
     tokens, is_response = (torch.from_numpy(x).to(device) for x in (tokens, is_response))
 
-    def attend(layer: int, *qkv: Tensor) -> Tensor:
+    def attend(layer: Attention, *qkv: Tensor) -> Tensor:
         # Padding is at the end, where causal queries never look.
         q, k, v = (x.unflatten(0, tokens.shape).transpose(1, 2) for x in qkv)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

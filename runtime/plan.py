@@ -43,7 +43,7 @@ from formats.hub import at_hand
 from formats.progress import Progress
 from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
-from model import LOGITS_TILE, MIN_TILE_WIDTH, Config, train_flops
+from model import LOGITS_TILE, MIN_TILE_WIDTH, QUERY_BLOCK, Config, train_flops
 from runtime.gpus import GPUS, Items, Layout, Load, Machine, extra_passes, find_gpu, step_times
 from runtime.inputs import BLOCK, Inputs, all_steps, encode_usable, join_blocks, read_blocks
 from runtime.processes import free_memory, is_rank_0, print0
@@ -237,24 +237,27 @@ def activations(config: Config, load: Load, c: int, kind: str) -> Activations:
     """Count the activations of a micro-batch. c: bytes of a number that is computed with."""
     hidden, mlp, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     w = max(c, 4)  # of a number that is upcast
-    a = w if kind == "cpu" else c  # of a number in attention
+    by_matmuls = kind == "cpu" and c == 2  # how attention is computed; elsewhere by one kernel
     q, kv = (n * config.head_dim for n in (heads, config.num_key_value_heads))
     # a norm's input and result; a CPU also keeps the result without its gains, both upcast
     norm = hidden * (2 * w + c if kind == "cpu" else 2 * c)
     per_token = [  # features, bytes of each
-        (2 * q, a),  # queries, and what attention returns
-        (q * (kind == "cpu"), c),  # which on a CPU it returns segment by segment
-        (heads, w),  # log of attention's normaliser
+        (2 * q, c),  # queries, and what attention returns
+        (q * (kind == "cpu" and not by_matmuls), c),  # which a CPU's kernel returns in blocks
+        (heads * (not by_matmuls), w),  # log of attention's normaliser
         (4 * mlp, c),  # gate, silu(gate), up, their product
     ]
     everything = load.tokens * sum(features * size for features, size in per_token)
-    everything += load.tokens * 2 * norm + load.keys * 2 * kv * a
+    everything += load.tokens * 2 * norm + load.keys * 2 * kv * c
+    # attention's probabilities; in a query's block, the mask hides up to half a block of keys
+    shown = load.visible + load.tokens * QUERY_BLOCK / 2
+    everything += by_matmuls * heads * shown * c
     # the gradients of silu(gate) and up beside that of the product, and of the residual stream
     backward = load.tokens * (2 * mlp + 2 * hidden) * c
     # the last norm; the positions that predict, and their gradient
     head = load.tokens * norm + load.predicted * 2 * hidden * c
     # the block's input; attention's output and normaliser
-    checkpointed = load.tokens * (hidden * c + q * a + heads * w)
+    checkpointed = load.tokens * (hidden * c + q * c + heads * w * (not by_matmuls))
     attention_products = load.tokens * (q + 2 * kv + hidden) * c
     mlp_products = load.tokens * 2 * mlp * c
     saved = {

@@ -24,7 +24,7 @@ import train
 from data import pack
 from formats import checkpoint
 from formats.errors import DataError
-from model import Llama, PackedAttention
+from model import Config, Llama, PackedAttention
 from runtime import inputs, processes, reference, run, signals
 from runtime.settings import Settings, read_settings
 
@@ -185,6 +185,24 @@ def test_compiled_blocks_are_one_graph(calls, model, checkpointing, monkeypatch)
     assert not counters["graph_break"]
     passes = 3 * len(compiled.model.layers)
     assert calls == {"forward": 2 * passes, "backward": passes}
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_around_attention_in_parts(monkeypatch):
+    """Without the kernel, attention stays outside; no layer or length is compiled anew."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(PackedAttention, "by_segment", PackedAttention.by_segment)  # undo later
+    graphs = []
+    for layers in (2, 12):  # more than torch compiles for one function before it gives up
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = Llama(Config(50, 32, 64, layers, 4, 2, 8))
+        for block in model.model.layers:
+            block.compile()
+        for lengths in LENGTHS:
+            logps_of(model, lengths).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
     torch._dynamo.reset()
 
 
