@@ -40,6 +40,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+Turns = tuple[Tensor, Tensor]  # RoPE's cosines and sines, see `rotary_table`
 # (the layer's module, q [T,H,E], k [T,K,E], v [T,K,E]) → [T,H,E]
 Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 
@@ -78,11 +79,10 @@ def to_device(array: Any, device: torch.device) -> Tensor:
 # Architecture
 
 
-def rotary_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the angle of every position and feature, float32 [T, 1, E].
+def rotary_table(config: Config, positions: Tensor) -> Turns:
+    """Return what `rotate` multiplies the halves of a head with, two times float32 [T, 1, 2, E/2].
 
-    The first half of the features turns the other way, see `rotate`. The table is recomputed every
-    forward pass, so there is no buffer to load or shard.
+    The table is recomputed every forward pass, so there is no buffer to load or shard.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = config.rope_theta ** -(exponents / config.head_dim)
@@ -92,15 +92,15 @@ def rotary_table(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (keep + (1 - keep) / s["factor"])
-    angles = positions.float()[:, None] * frequencies
-    angles = torch.cat((-angles, angles), -1)[:, None]
-    return angles.cos(), angles.sin()
+    angles = positions.float()[:, None, None] * frequencies  # [T, 1, E/2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((cos, sin), -2), torch.stack((-sin, cos), -2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, by_first: Tensor, by_second: Tensor) -> Tensor:
     """Rotate the feature pairs (i, i + E/2) of x [T, heads, E] by their angles, in float32."""
-    partner = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
+    first, second = x.unflatten(-1, (2, 1, -1)).unbind(-3)  # each half adds to both halves
+    return torch.addcmul(first * by_first, second, by_second).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -115,10 +115,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns, attend: Attend) -> Tensor:
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-        out = attend(self, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        out = attend(self, rotate(q, *turns), rotate(k, *turns), v)
         return self.o_proj(out.flatten(-2))
 
 
@@ -162,15 +162,15 @@ class Block(nn.Module):
             setattr(PackedAttention, "by_segment", torch.compiler.disable(attend))
         self.forward = torch.compile(self.forward, dynamic=True)  # type: ignore[method-assign]
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns, attend: Attend) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
-            return self.body(x, cos, sin, attend)
+            return self.body(x, turns, attend)
         options = {"use_reentrant": False, "preserve_rng_state": False}
         contexts = self.checkpoint_contexts
-        return checkpoint(self.body, x, cos, sin, attend, context_fn=contexts, **options)
+        return checkpoint(self.body, x, turns, attend, context_fn=contexts, **options)
 
-    def body(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def body(self, x: Tensor, turns: Turns, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turns, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -197,9 +197,9 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # [T, D]
-        cos, sin = rotary_table(self.config, positions)
+        turns = rotary_table(self.config, positions)
         for block in self.layers:
-            x = block(x, cos, sin, attend)
+            x = block(x, turns, attend)
         return self.norm(x)
 
 

@@ -83,7 +83,7 @@ class Search:
         return tuple(values[i] for values, i in zip(self.axes, point))
 
     def fastest(self, start: Point, most_gib: float) -> Point | None:
-        """Return the fastest point that takes at most `most_gib`; None if nothing fits.
+        """Return the fastest point that takes at most `most_gib`; None if nothing fits or runs.
 
         Going on from the result of a lower limit repeats no run.
         """
@@ -93,6 +93,8 @@ class Search:
             if not lower:
                 return None
             best = lower[0]
+        if "pairs" not in self.runs[best]:  # it does not run at all
+            return None
         moved = True
         while moved:
             moved = False

@@ -508,7 +508,9 @@ def best_of_each(
     ours = search(our_side, list(KEPT), budgets)
     trl_best = trl.fastest((0, len(paddings) - 1, counts.index(flags.microbatch)), flags.memory_cap)
     if trl_best is None:
-        sys.exit(f"compare.py: TRL does not fit into --memory-cap {flags.memory_cap:.2f}")
+        sys.exit(
+            f"compare.py: TRL does not run in --memory-cap {flags.memory_cap:.2f} GiB:\n{tried[-1]}"
+        )
     start = 0, sum(budget < flags.microbatch_tokens for budget in budgets[:-1])
     within = ours.fastest(start, trl.runs[trl_best]["peak_gib"])
     anywhere = ours.fastest(within or start, flags.memory_cap)

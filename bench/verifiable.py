@@ -243,7 +243,7 @@ def draw(runs: dict[str, list[Run]], rates: dict[str, np.ndarray], path: Path) -
             axis.plot(rate[::-1], [*KINDS, "mean"][::-1], "osD^v"[i], label=name, **look)
     for axis, title in zip(axes, ASK["heads"]["figure"]):
         axis.set_title(title, fontsize=9)
-    axes[1].legend(fontsize=7)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower right", ncols=len(runs))
     figure.savefig(path)
 
 

@@ -275,8 +275,9 @@ class Weights:
             CheckpointError: they differ by more than bfloat16 rounds.
         """
         path = self.files[name][0]
-        cos, sin = rotary_table(config, torch.ones(1))  # at position 1 an angle is its frequency
-        expected = torch.atan2(sin, cos).flatten().chunk(2)[1]
+        [cos_sin, _] = rotary_table(config, torch.ones(1))  # at position 1, angles are frequencies
+        cos, sin = cos_sin.view(2, -1)
+        expected = torch.atan2(sin, cos)
         with safe_open(path, framework="pt") as handle:
             saved = handle.get_tensor(name).float()
         close = {"rtol": 2**-8, "atol": 1e-7}

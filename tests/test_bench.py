@@ -291,6 +291,11 @@ def test_nothing_runs_that_holds_more_than_what_did_not_fit():
     assert not {(3, 3), (2, 3), (1, 3), (0, 3)} & set(found.runs)
 
 
+def test_a_side_that_does_not_run_is_no_best():
+    missing = {"unavailable": "no such package", "peak_gib": 0.0}
+    assert best.Search([[1, 2]], lambda *_: missing).fastest((0,), 9) is None
+
+
 def test_noise_is_no_reason_to_take_more_memory():
     found = search({"A": 1.0, "B": 1.01, "C": 1.5}, "ABC")
     assert found.fastest((0,), 9) == (0,)

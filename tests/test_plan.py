@@ -60,7 +60,7 @@ def test_activations_are_what_autograd_keeps(dtype):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, keep):
         turns = rotary_table(config, torch.from_numpy(packed["positions"]))
-        block(x, *turns, attend)
+        block(x, turns, attend)
     shared = (*block.parameters(), *turns, attend.mask, attend.key_index)
     shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
     found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in shared)
