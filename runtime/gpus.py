@@ -221,7 +221,7 @@ def work(config: Config, load: Load, policy: str | None) -> Work:
     # Bytes of a layer: norms, rotation of queries and keys in float32, silu and product, sums,
     # the gather of keys and values. The last sum is not made again.
     turned = a + kv / 2
-    again = t * (8 * d + 26 * turned + 10 * i + 6 * d) + 4 * kv * load.keys
+    again = t * (8 * d + 20 * turned + 10 * i + 6 * d) + 4 * kv * load.keys
     forward = again + t * 6 * d
     if policy is None:
         matmul = 2 * (layers * weights * t + logits * d)
@@ -233,7 +233,7 @@ def work(config: Config, load: Load, policy: str | None) -> Work:
         matmul=2 * (layers * (3 * weights + remade) * t + 4 * logits * d),
         attention=14 * product,
         bytes=layers * (forward + backward + checkpointed * again) + 74 * logits,
-        ops=layers * (92 if checkpointed else 71) + 40 * logits / LOGITS_TILE["cuda"],
+        ops=layers * (90 if checkpointed else 71) + 40 * logits / LOGITS_TILE["cuda"],
     )
 
 
