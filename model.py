@@ -88,9 +88,9 @@ def rotary_table(config: Config, positions: Tensor) -> Turns:
     frequencies = config.rope_theta ** -(exponents / config.head_dim)
     if (s := config.rope_scaling) is not None:
         # Llama 3.1 slows down the low frequencies, keeps the high ones and interpolates between.
-        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        cycles = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        keep = ((cycles - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (keep + (1 - keep) / s["factor"])
     angles = positions.float()[:, None, None] * frequencies  # [T, 1, E/2]
     cos, sin = angles.cos(), angles.sin()

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Pair, encode
 from formats.checkpoint import read_config, save
+from formats.config import CLASSES
 from formats.errors import DataError
 from formats.records import read_records
 from formats.schemas import Dropped, parse_record
@@ -115,8 +116,9 @@ def random_checkpoint(folder: Path, shape: dict) -> None:
         source = Path(name)
         shutil.copytree(ROOT / "toy" / "checkpoint", source, dirs_exist_ok=True)
         toy = json.loads((source / "config.json").read_text())
-        ends = {key: value for key, value in toy.items() if key.endswith("_token_id")}
-        (source / "config.json").write_text(json.dumps(shape | ends))
+        kept = {key: value for key, value in toy.items() if key.endswith("_token_id")}
+        kept["architectures"] = [CLASSES[shape["model_type"]]]  # TRL's reference is made by it
+        (source / "config.json").write_text(json.dumps(shape | kept))
         with torch.device("meta"):
             model = Llama(read_config(source)).to(torch.bfloat16)
         fill(model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu"))

@@ -249,8 +249,8 @@ def activations(config: Config, load: Load, c: int, kind: str) -> Activations:
     ]
     everything = load.tokens * sum(features * size for features, size in per_token)
     everything += load.tokens * 2 * norm + load.keys * 2 * kv * c
-    # attention's probabilities; in a query's block, the mask hides up to half a block of keys
-    shown = load.visible + load.tokens * QUERY_BLOCK / 2
+    # attention's probabilities, with those that the mask hides: half a block for the mean query
+    shown = load.visible + load.tokens * (QUERY_BLOCK - 1) / 2
     everything += by_matmuls * heads * shown * c
     # the gradients of silu(gate) and up beside that of the product, and of the residual stream
     backward = load.tokens * (2 * mlp + 2 * hidden) * c

@@ -40,7 +40,7 @@ def planned(folder: Path, config: dict, *flags: str) -> plan.Plan:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(dtype):
-    """Of one block, to 1.5 %.
+    """Of one block, to 1 %.
 
     Tables that all blocks share are left out here, the scales of the norms in the formula.
     """
@@ -65,7 +65,7 @@ def test_activations_are_what_autograd_keeps(dtype):
     shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
     found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in shared)
     counted = plan.activations(config, load, dtype.itemsize, "cpu").saved["everything"]
-    assert counted == pytest.approx(found, rel=0.015)
+    assert counted == pytest.approx(found, rel=0.01)
 
 
 def test_8b(tmp_path):
