@@ -360,7 +360,7 @@ class PackedAttention:
         k, v = (x.transpose(0, 1).index_select(1, self.key_index) for x in (k, v))  # [K, S, E]
         lengths = [n * group for n in self.q_lengths], self.k_lengths, self.k_lengths
         segments = zip(*(x.split(sizes, dim=1) for x, sizes in zip((q, k, v), lengths)))
-        blocks = [block for segment in segments for block in self.blocks(*segment, group)]
+        blocks = [block for q, k, v in segments for block in self.blocks(q, k, v, group)]
         return torch.cat(blocks, dim=1).unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
 
     def blocks(self, q: Tensor, k: Tensor, v: Tensor, group: int) -> Iterator[Tensor]:
