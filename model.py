@@ -407,19 +407,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def train_flops(config: Config, pair: Any) -> float:
     """Return the floating-point operations that forward and backward need for one `data.Pair`.
 
-    Counts 6 per weight and token and 12 per feature of a query-key pair that the mask shows, which
-    is causal and has a sliding window. Leaves out recomputation, and the head where no target is.
+    Counts 6 per weight and token and 12 per feature of a query-key pair that the mask shows. Leaves
+    out recomputation, and the head where no target is.
     """
-    c = config
+    c, prompt, responses = config, len(pair.prompt), [len(response) for response in pair.responses]
     q_k_v_o = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # features
     weights = c.hidden_size * (q_k_v_o + 3 * c.intermediate_size)  # of one block
-    prompt, responses = len(pair.prompt), [len(response) for response in pair.responses]
-    paths = [prompt, *(prompt + r for r in responses)]  # of n tokens, the last ones see m each
-    seen = [m * n - m * (m - 1) / 2 for n in paths for m in [min(n, c.sliding_window or n)]]
-    visible = sum(seen[1:]) - (len(responses) - 1) * seen[0]
-    tokens, q = prompt + sum(responses), c.num_attention_heads * c.head_dim
-    block = 6 * weights * tokens + 12 * q * visible
+    attention = c.num_attention_heads * c.head_dim * visible(prompt, responses, c.sliding_window)
+    block = 6 * weights * (prompt + sum(responses)) + 12 * attention
     return c.num_hidden_layers * block + 6 * c.vocab_size * c.hidden_size * sum(responses)
+
+
+def visible(prompt: int, responses: list[int], window: int | None) -> float:
+    """Return how many query-key pairs the mask shows, for a pair of these lengths."""
+    paths = [prompt, *(prompt + r for r in responses)]  # of n tokens, the last ones see m each
+    seen = [m * n - m * (m - 1) / 2 for n in paths for m in [min(n, window or n)]]
+    return sum(seen[1:]) - (len(responses) - 1) * seen[0]
 
 
 if __name__ == "__main__":

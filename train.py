@@ -128,12 +128,6 @@ def response_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     return logps.view_as(lengths), lengths
 
 
-@torch.no_grad()
-def reference_logps(model: Llama, pairs: list[Pair]) -> Tensor:
-    """Return `response_logps` under a frozen model, [pairs, responses]."""
-    return response_logps(model, pairs)[0]
-
-
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
     """Return the learning rate at `step` (0-based): linear warm-up, then `--lr-schedule`."""
     warmup = math.ceil(settings.warmup_ratio * steps)
@@ -247,8 +241,9 @@ def build_model(inputs: Inputs, mesh: DeviceMesh, settings: Settings, trainable:
 
 
 def freeze_reference(inputs: Inputs, mesh: DeviceMesh, settings: Settings) -> Reference:
-    """Build a frozen copy of the model; return what scores pairs with it."""
-    return partial(reference_logps, build_model(inputs, mesh, settings, trainable=False))
+    """Build a frozen copy of the model; return what gives its `response_logps` of pairs."""
+    model = build_model(inputs, mesh, settings, trainable=False)
+    return torch.no_grad()(lambda pairs: response_logps(model, pairs)[0])
 
 
 def sync_gradients(model: Llama, settings: Settings, last: bool) -> None:

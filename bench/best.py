@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from runtime.processes import peak_resident
+
 FASTER = 1.02  # the least ratio of speeds that is worth a step
 # A run is stopped if it ends a step later than the fastest one, by this ratio and as many seconds.
 BEHIND, SECONDS = 1.05, 2.0
@@ -50,22 +52,12 @@ class Watch:
         seconds = time.perf_counter() - self.started
         count = steps.read_bytes().count(b"\n") if steps.exists() else 0
         self.ends += [seconds] * (count - len(self.ends))
-        self.peak_gib = max(self.peak_gib, resident_gib(pid))
+        self.peak_gib = max(self.peak_gib, peak_resident(pid) / 2**30)
         if self.peak_gib > self.most_gib:
             raise Stopped(f"it holds more than {self.most_gib:.2f} GiB")
         last = [seconds] if len(self.ends) < len(self.rival) else []  # of a step that still runs
         if any(mine > BEHIND * its + SECONDS for mine, its in zip(self.ends + last, self.rival)):
             raise Stopped("it is clearly slower")
-
-
-def resident_gib(pid: int) -> float:
-    """Return the most memory that a process has held; 0 where the system does not say."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0.0
-    peak = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(peak[0].split()[1]) / 2**20 if peak else 0.0
 
 
 class Search:

@@ -242,7 +242,7 @@ def roofline(gpu: Gpu, keep: str) -> Iterator[str]:
     kept = "--no-activation-checkpointing" if keep == "everything" else f"--keep-products={keep}"
     settings = read_settings(["--model=m", "--data=d", "--dtype=bf16", kept])
     machine = Machine("cuda", "", GPUS, gpu.memory, None, gpu)
-    planned = step_times(config, settings, machine, Load.of(PAIRS * ROUNDS), ROUNDS)
+    planned = step_times(config, settings, machine, Load.of(config, PAIRS * ROUNDS), ROUNDS)
     for name, seconds in planned.items():
         yield f"| `--plan`: {name} | | | | | {1e3 * seconds:.0f} |"
 

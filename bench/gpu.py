@@ -15,8 +15,9 @@
     killed     a worker that dies, raises an error, or runs out of memory: when do the others end?
 
 Weights are random and pairs are made up, with UltraFeedback's lengths: nothing is downloaded. Every
-measurement appends a line to OUT, by default bench/gpu-results.jsonl. A part that fails, or a
-package that is absent, is a line, too; the other parts go on.
+measurement appends a line to OUT, by default bench/gpu-results.jsonl, or gpu-results-tiny.jsonl
+there with --tiny. A part that fails, or a package that is absent, is a line, too; the other parts
+go on.
 """
 
 import argparse
@@ -90,6 +91,15 @@ FAULTS = ("killed", "with an error", "without memory")
 class Failed(Exception):
     """Reports that a measurement could not be made; the message says why."""
 
+    @property
+    def row(self) -> dict[str, str]:
+        """Return what the file of results says of it."""
+        return {type(self).__name__.lower(): str(self)}
+
+
+class Skipped(Failed):
+    """Reports that a measurement was not tried: something that it needs is not here."""
+
 
 # --------------------------------------------------------------------------------------------------
 # Processes
@@ -124,7 +134,7 @@ class Bench:
                 raise Failed(f"not started: this part has {self.left:.0f} s left")
             numbers = work()
         except Failed as e:
-            self.note(name, failed=str(e))
+            self.note(name, **e.row)
             return {}
         self.note(name, **numbers)
         return numbers
@@ -300,7 +310,7 @@ def tests_part(bench: Bench) -> None:
         script = bench.folder / "tests.py"
         script.write_text("import pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))\n")
         if not torch.cuda.device_count():
-            raise Failed("skipped: no GPU")
+            raise Skipped("no GPU")
         said = bench.run(script, "-q", "-x", str(ROOT / "tests" / "test_gpu.py"))
         return {"said": said.splitlines()[-1]}
 
@@ -336,7 +346,7 @@ def beside_the_plan(bench: Bench, flags: list[str]) -> dict:
         plan = bench.tool("planned", *flags, f"--gpus={ranks}")
         if plan["planned_gib"] > plan["of_gib"]:
             need = f"{plan['planned_gib']:.1f} GiB of {plan['of_gib']:.1f}"
-            raise Failed(f"skipped: --plan says that it needs {need}")
+            raise Skipped(f"--plan says that it needs {need}")
     return trained(bench, flags) | plan
 
 
@@ -370,7 +380,7 @@ def eight_part(bench: Bench) -> None:
     """Measure Llama 3 8B, of which --plan says whether it fits."""
     facts = bench.tool("about")
     if (total := facts["memory_gib"] * facts["gpus"]) < 130:
-        raise Failed(f"skipped: it takes about 130 GiB, and the GPUs have {total:.0f} together")
+        raise Skipped(f"it takes about 130 GiB, and the GPUs have {total:.0f} together")
     objectives(bench, "llama3-8b", batch=32)
 
 
@@ -385,7 +395,7 @@ def switches_part(bench: Bench) -> None:
 def trl_part(bench: Bench) -> None:
     """Run bench/compare.py on one GPU."""
     if not find_spec("trl"):
-        raise Failed("skipped: TRL is not installed: pip install -r bench/requirements.txt")
+        raise Skipped("TRL is not installed: pip install -r bench/requirements.txt")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # on several, TRL would copy the model
     prepared(bench, "llama3.2-1b", batch=1, steps=1)
     dtype = "fp32" if bench.tiny else "bf16"
@@ -497,8 +507,8 @@ def one_part(part: str, out: Path, tiny: bool) -> int:
             bench.note("machine", **bench.tool("about"))
             PARTS[part](bench)
         except Failed as e:
-            bench.note("part", failed=str(e))
-            return int(not str(e).startswith("skipped"))
+            bench.note("part", **e.row)
+            return int(not isinstance(e, Skipped))
         except Exception as e:
             bench.note("part", failed=f"{type(e).__name__}: {e}")
             raise
@@ -516,9 +526,9 @@ def main() -> None:
     parser.add_argument("part", choices=[*PARTS, "all", "summary"], metavar="PART")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU")
     text = "file to append results to (default: bench/gpu-results.jsonl)"
-    default = ROOT / "bench" / "gpu-results.jsonl"
-    parser.add_argument("--out", type=Path, default=default, metavar="OUT", help=text)
+    parser.add_argument("--out", type=Path, metavar="OUT", help=text)
     flags = parser.parse_args()
+    flags.out = flags.out or ROOT / "bench" / f"gpu-results{'-tiny' * flags.tiny}.jsonl"
     if flags.part == "summary":
         return summary(flags.out)
     if not flags.tiny and not torch.cuda.device_count():

@@ -12,7 +12,7 @@ import torch
 
 from data import Pair
 from methods.objectives import OBJECTIVES
-from model import LOGITS_TILE, Config, Llama
+from model import LOGITS_TILE, Config, Llama, visible
 from runtime.settings import Settings
 
 Items = dict[str, float]  # item: bytes on one GPU, or seconds
@@ -123,13 +123,13 @@ class Load:
     visible: float = 0  # query-key pairs in attention
 
     @classmethod
-    def of(cls, pairs: list[Pair]) -> "Load":
+    def of(cls, config: Config, pairs: list[Pair]) -> "Load":
         """Return the load of a micro-batch."""
         lengths = [(len(pair.prompt), list(map(len, pair.responses))) for pair in pairs]
         responses = sum(sum(rs) for _, rs in lengths)
         keys = sum(p * len(rs) for p, rs in lengths) + responses
-        visible = sum(p * (p + 1) / 2 + sum(r * (p + (r + 1) / 2) for r in rs) for p, rs in lengths)
-        return cls(sum(pair.tokens for pair in pairs), keys, responses, visible)
+        seen = sum(visible(prompt, rs, config.sliding_window) for prompt, rs in lengths)
+        return cls(sum(pair.tokens for pair in pairs), keys, responses, seen)
 
     def times(self, factor: float) -> "Load":
         """Return a load in the same proportions."""

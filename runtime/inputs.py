@@ -66,7 +66,7 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
     if settings.dtype == "bf16" and not multiplies_bf16(device):
         faster = "--dtype fp32 is several times as fast"
         print0(f"warning: this CPU has no bfloat16 arithmetic; {faster}")
-    warn_of_slow_attention(config, device)
+    warn_of_slow_attention(settings, config, device)
     tokens = {"data": open_pairs("data", tokenizer, settings)}
     if settings.eval_data:
         tokens["eval_data"] = open_pairs("eval_data", tokenizer, settings)
@@ -81,8 +81,12 @@ def open_inputs(settings: Settings, device: torch.device) -> Inputs:
     return Inputs(source, stats, config, weights, tokenizer, pairs, held_out, counts, steps, tokens)
 
 
-def warn_of_slow_attention(config: Config, device: torch.device) -> None:
-    """Say so if FlashAttention runs neither on this GPU nor with this model's heads."""
+def warn_of_slow_attention(settings: Settings, config: Config, device: torch.device) -> None:
+    """Say so if FlashAttention runs neither on this GPU nor with this model's heads.
+
+    Say, too, if `--compile` will therefore be in vain: attention in PyTorch's own operations stays
+    outside of the graph, and torch compiles nothing that is checkpointed and not one graph.
+    """
     size, reason = config.head_dim, ""
     if device.type == "cuda" and not flash_runs(device):
         name = torch.cuda.get_device_name(device)
@@ -91,6 +95,10 @@ def warn_of_slow_attention(config: Config, device: torch.device) -> None:
         reason = f"FlashAttention takes no heads of {size} features"
     if reason:
         print0(f"warning: {reason}; attention runs in PyTorch's own operations, more slowly")
+    flash = device.type == "cuda" and settings.dtype == "bf16" and not reason
+    if settings.compile and settings.activation_checkpointing and not flash:
+        alone = "compiles nothing unless FlashAttention runs: add --no-activation-checkpointing"
+        print0(f"warning: --compile with activation checkpointing {alone}")
 
 
 def open_model(settings: Settings) -> tuple[Path, dict[str, list[int]], Config, Weights, Tokenizer]:

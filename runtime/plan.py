@@ -301,7 +301,7 @@ def resolve_auto(
     tokens, kept = settings.microbatch_tokens, settings.keep_products
     if "auto" not in (tokens, kept):
         return settings
-    load = Load.of(max(steps, key=lambda step: sum(pair.tokens for pair in step)))
+    load = Load.of(config, max(steps, key=lambda step: sum(pair.tokens for pair in step)))
     longest = max(pair.tokens for step in steps for pair in step)
     # What holds a whole step: shares of GPUs are equal to within a pair.
     most = math.ceil(load.tokens / machine.gpus) + longest * (machine.gpus > 1)
@@ -483,7 +483,7 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
     steps, total_steps = first_steps(settings, pairs, count)
     alone = [max(pairs, key=lambda pair: pair.tokens)]
     settings = resolve_auto(config, settings, machine, [*steps, alone])
-    longest = Load.of(alone)
+    longest = Load.of(config, alone)
     # A run of more steps than were laid out may meet its longest pair alone in a micro-batch.
     least = longest if total_steps != len(steps) else Load(0, 0, 0)
 
@@ -493,7 +493,7 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
 
     phases, fullest, rounds = lay_out(settings, machine)
     on_gpu = worst(lay_out(replace(settings, offload=False), machine)[0])
-    of_step = Load.of(list(itertools.chain(*steps))).times(1 / len(steps))
+    of_step = Load.of(config, list(itertools.chain(*steps))).times(1 / len(steps))
     largest_step = max(sum(pair.tokens for pair in step) for step in steps)
     most = max(math.ceil(largest_step / machine.gpus), alone[0].tokens)
     largest = largest_microbatch(config, settings, machine, fullest, most)
@@ -535,7 +535,7 @@ def fullest_microbatch(
     """Return the fullest micro-batch, at least `least`, and the most that a GPU has in a step."""
     budget, cost = settings.microbatch_tokens, partial(train_flops, config)
     rounds = [micro_batches(step, machine.gpus, budget, cost) for step in steps]
-    loads = [Load.of(share) for step in rounds for share in itertools.chain(*step)]
+    loads = [Load.of(config, share) for step in rounds for share in itertools.chain(*step)]
     return max([*loads, least], key=lambda load: load.tokens), max(map(len, rounds))
 
 
@@ -614,9 +614,10 @@ def step_lines(plan: Plan, settings: Settings) -> Iterable[str]:
     """Yield what a step takes: micro-batches, work and time."""
     machine, limit = plan.machine, f"--microbatch-tokens {settings.microbatch_tokens}"
     limit += f" --keep-products {settings.keep_products}" * (settings.keep_products != "none")
-    fullest = f"{plan.microbatches}, the fullest of {plan.load.tokens:,.0f} tokens ({limit})"
-    size = f"{plan.step_pairs} pairs, {plan.step_tokens:,.0f} tokens"
-    yield f"step          {size}; micro-batches of each {each(plan)}: {fullest}"
+    fullest = f"{plan.microbatches}, the fullest of {plan.load.tokens:,.0f} tokens"
+    yield f"step          {plan.step_pairs} pairs, {plan.step_tokens:,.0f} tokens"
+    yield f"              micro-batches of each {each(plan)}: {fullest}"
+    yield f"              with {limit}"
     whole = ": a whole step at once" if plan.largest == plan.most else ""
     largest = (
         f"--microbatch-tokens {plan.largest:,}{whole}" if plan.largest else "no micro-batch fits"

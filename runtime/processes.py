@@ -285,6 +285,17 @@ def free_memory(device: torch.device) -> float:
     return min(gather(mine))
 
 
+def peak_resident(process: int | str = "self") -> int:
+    """Return the most bytes that a process has held in memory; 0 where the system does not say.
+
+    `getrusage` would begin at the peak of the process that started this one.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{process}/status") as lines:  # no Linux
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
+    return 0
+
+
 def out_of_memory(error: BaseException) -> str:
     """Return in one line which allocation failed, on a GPU or a CPU; "" for any other error."""
     failed = isinstance(error, (torch.OutOfMemoryError, MemoryError))

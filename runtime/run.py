@@ -52,6 +52,7 @@ from runtime.processes import (
     is_rank_0,
     on_rank_0,
     out_of_memory,
+    peak_resident,
     print0,
 )
 from runtime.settings import AUTO, Settings
@@ -513,7 +514,7 @@ def peak_memory(device: torch.device) -> Metrics:
         allocated = torch.cuda.max_memory_allocated(device) / 2**30
         return {"peak_memory_gib": allocated, "reserved_memory_gib": reserved}
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = peak_resident() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_memory_gib": peak / 2**30}
 
 

@@ -305,7 +305,10 @@ class Settings:
         may_change=True,
     )
     compile: bool = option(
-        False, "torch.compile the blocks: a slow start, less memory traffic", may_change=True
+        False,
+        "torch.compile the blocks: a slow start, less memory traffic; with activation "
+        "checkpointing only where FlashAttention runs",
+        may_change=True,
     )
     replicate: int = option(
         1,

@@ -307,11 +307,29 @@ def test_slow_attention_is_said(monkeypatch, capsys, able, size, said):
     monkeypatch.setattr(inputs, "flash_runs", lambda device: able)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     config = llama.Config(97, 64, 80, 2, 4, 4, head_dim=size)
-    inputs.warn_of_slow_attention(config, torch.device("cuda"))
+    inputs.warn_of_slow_attention(Settings(dtype="bf16"), config, torch.device("cuda"))
     printed = capsys.readouterr().out
     assert said in printed and bool(printed) == bool(said)
-    inputs.warn_of_slow_attention(config, torch.device("cpu"))
+    inputs.warn_of_slow_attention(Settings(), config, torch.device("cpu"))
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    "device, dtype, size, in_vain",
+    [("cpu", "bf16", 64, True), ("cuda", "fp32", 64, True), ("cuda", "bf16", 12, True),
+     ("cuda", "bf16", 64, False)],
+)  # fmt: skip
+def test_compiling_in_vain_is_said(
+    monkeypatch, capsys, device, dtype, size, in_vain, checkpointing
+):
+    """Without FlashAttention, torch gives up on a checkpointed block, which no one would notice."""
+    monkeypatch.setattr(inputs, "flash_runs", lambda device: True)
+    config = llama.Config(97, 64, 80, 2, 4, 4, head_dim=size)
+    settings = Settings(dtype=dtype, compile=True, activation_checkpointing=checkpointing)
+    inputs.warn_of_slow_attention(settings, config, torch.device(device))
+    said = "add --no-activation-checkpointing" in capsys.readouterr().out
+    assert said == (in_vain and checkpointing)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,17 @@ def test_an_answer_that_is_cut_is_unfinished(monkeypatch, tokenizer, held_out):
     assert evidence._quoted("after", found, 1) == ["    after  +0.00  says nothing"]
 
 
+def test_quotes_fit_a_terminal_of_80_columns():
+    """A sentence that is longer goes on below itself."""
+    text = "as far as i can tell you , the cloud attracts visitors . let me try ."
+    found = {"scores": [-0.58], "texts": [text], "verdicts": [["wrong", "boilerplate"]]}
+    assert evidence._quoted("before", found, 0) == [
+        "    before -0.58  wrong        as far as i can tell you , the cloud attracts",
+        "                               visitors",
+        "                  boilerplate  let me try",
+    ]
+
+
 @pytest.mark.parametrize("case", ["a copy of the toy", "few prompts", "other prompts"])
 def test_others_get_the_plain_report(monkeypatch, capsys, tmp_path, tokenizer, held_out, case):
     """There is no judge for another checkpoint, nor for prompts that ask for none of its nouns."""

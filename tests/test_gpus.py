@@ -1,5 +1,7 @@
 """Checks data sheets by the names of GPUs, and the planned work of a step against a count."""
 
+import dataclasses
+
 import count_ops
 import numpy as np
 import pytest
@@ -114,11 +116,22 @@ def test_the_plan_counts_what_a_trace_counts(keep):
     layer, rest = count_ops.layer_and_rest(config, pairs, keep)
     step = count_ops.total(layer).times(32).plus(count_ops.total(rest))
     elementwise = count_ops.elementwise(layer).times(32).plus(count_ops.elementwise(rest))
-    planned = gpus.work(config, gpus.Load.of(pairs), keep)
+    planned = gpus.work(config, gpus.Load.of(config, pairs), keep)
     assert planned.matmul + planned.attention == pytest.approx(step.flops)
     assert planned.bytes == pytest.approx(elementwise.bytes, rel=0.03)
     assert planned.ops == pytest.approx(step.ops, rel=0.06)
     assert count_ops.total(layer).ops <= 105
+
+
+@pytest.mark.parametrize("window", [None, 7, 3])
+def test_a_load_counts_what_its_tokens_see(window):
+    """A token at position i sees i + 1, or as many as the window has."""
+    config, lengths = dataclasses.replace(TINY, sliding_window=window), [(5, 3, 9), (2, 1, 1)]
+    pairs = [Pair(np.zeros(p, int), (np.zeros(c, int), np.zeros(r, int))) for p, c, r in lengths]
+    places = [[*range(p), *range(p, p + c), *range(p, p + r)] for p, c, r in lengths]
+    seen = [min(place + 1, window or place + 1) for pair in places for place in pair]
+    load = gpus.Load.of(config, pairs)
+    assert (load.tokens, load.visible) == (len(seen), sum(seen))
 
 
 def test_the_roofline_of_the_docs_is_the_one_that_is_printed():

@@ -50,7 +50,7 @@ def test_activations_are_what_autograd_keeps(dtype):
     pairs = [data.Pair(np.zeros(200, int), (np.zeros(120, int), np.zeros(80, int)), "")] * 2
     packed = data.pack(pairs)
     attend = PackedAttention(torch.from_numpy(packed["key_index"]), packed["cu_q"], packed["cu_k"])
-    block, load = Block(config, 0).to(dtype), plan.Load.of(pairs)
+    block, load = Block(config, 0).to(dtype), plan.Load.of(config, pairs)
     x = torch.randn(int(load.tokens), config.hidden_size, dtype=dtype, requires_grad=True)
     kept = {}
 

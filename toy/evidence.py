@@ -6,6 +6,7 @@ held-out prompts. The judge is `verdicts` in toy/world.py. toy/RESULTS.md compar
 
 import json
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,11 @@ def evidence(source: Path, model: Path, tokenizer: Tokenizer, held_out: list[Pai
 
 
 def _quoted(when: str, found: dict[str, Any], i: int) -> list[str]:
-    """Return answer i, a line per sentence, behind the verdict on it."""
-    sentences = zip(found["verdicts"][i], found["texts"][i].split("."))
-    rows = [f"{verdict:11}  {sentence.strip()}" for verdict, sentence in sentences]
+    """Return answer i, each sentence behind the verdict on it, in lines of a narrow terminal."""
+    rows = []
+    for verdict, sentence in zip(found["verdicts"][i], found["texts"][i].split(".")):
+        first, *others = textwrap.wrap(sentence.strip(), 80 - 31) or [""]
+        rows += [f"{verdict:11}  {first}", *(f"{'':13}{line}" for line in others)]
     first, *others = rows or ["says nothing"]
     return [f"    {when:6} {found['scores'][i]:+.2f}  {first}", *(f"{'':18}{r}" for r in others)]
 
