@@ -181,8 +181,9 @@ def checkpoint_policy(
 
     Attention costs most to recompute per byte kept. saved_matmuls: (features in, features out).
     """
-    flash, fused = "torch_attn::_varlen_attn", "aten::_scaled_dot_product_flash_attention_for_cpu"
-    save = op.name() in (flash, fused, "aten::bmm")  # bmm: the last step of `attention`
+    fused = "_flash_attention_for_cpu", "_efficient_attention"  # the latter on a GPU in float32
+    save = op.name() == "torch_attn::_varlen_attn" or op.name().endswith(fused)
+    save |= op.name() == "aten::bmm" and args[0].device.type == "cpu"  # ends `attention` there
     save |= op.name() == "aten::mm" and tuple(args[1].shape) in saved_matmuls
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -387,16 +388,16 @@ class PackedAttention:
         columns = torch.arange(longest + QUERY_BLOCK, device=q.device)
         distance = longest + rows[:, None] - columns
         masked = (distance < 0) | (distance >= (self.window or longest + 1))
-        if q.is_cuda:  # kernels need an aligned float mask, and make one of a slice of booleans
+        if q.is_cuda:  # kernels need aligned float masks; of a boolean slice, SDPA makes one
             return ~masked
         return torch.zeros_like(masked, dtype=q.dtype).masked_fill_(masked, -torch.inf)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Return softmax(q kᵀ / √E + mask) v, the attention of one block of queries."""
+    """Return softmax(q kᵀ / √E + mask) v of a block of queries; a GPU's mask says who sees whom."""
     if q.is_cuda or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)[0]
-    # On a CPU, the backward of that kernel takes bfloat16 three times as long as plain matmuls.
+    # On a CPU, that kernel's backward in bfloat16 takes three times as long as plain matmuls do.
     return torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1) @ v
 
 

@@ -14,8 +14,8 @@ path; one rank is a group of one. FSDP2 shards the parameters and keeps them in 
 computes in `--dtype`.
 
 Read `forward_backward`, the step, then `train`, the loop, then `build_model`, the sharding. A run
-leaves OUT/config.json, OUT/metrics.jsonl and OUT/model, see `runtime/run.py`. The same command
-resumes it from its checkpoints, see `runtime/resume.py`.
+leaves OUT/config.json, OUT/metrics.jsonl and OUT/model, see `runtime/run.py`. The same command with
+`--out` resumes it from its checkpoints, see `runtime/resume.py`.
 """
 
 import runtime.signals  # before torch, whose import takes seconds
@@ -247,7 +247,7 @@ def freeze_reference(inputs: Inputs, mesh: DeviceMesh, settings: Settings) -> Re
 
 
 def sync_gradients(model: Llama, settings: Settings, last: bool) -> None:
-    """Postpone to the last micro-batch of a step what FSDP needs to communicate once per step."""
+    """Tell FSDP what may wait for the last micro-batch of a step."""
     model.set_requires_all_reduce(last)  # the copies of --replicate meet once per step
     model.set_is_last_backward(last)
     if settings.gather_once:

@@ -1,15 +1,17 @@
-"""Print the tests that a run of pytest skipped, one node id per line.
+"""A pytest plugin that writes the node ids of skipped tests to the file $SKIPPED, one per line.
 
-python .ci/skipped.py JUNIT_XML
+PYTHONPATH=.ci SKIPPED=FILE pytest -p skipped
 """
 
-import sys
-from xml.etree import ElementTree
+import os
 
-for case in ElementTree.parse(sys.argv[1]).iter("testcase"):
-    if case.find("skipped") is not None:
-        # A module that skipped as a whole has no class name: its own name is the test's name.
-        module, name = case.get("classname"), case.get("name")
-        print(
-            f"{module.replace('.', '/')}.py::{name}" if module else f"{name.replace('.', '/')}.py"
-        )
+import pytest
+
+
+def note(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped:
+        with open(os.environ["SKIPPED"], "a") as file:
+            file.write(f"{report.nodeid}\n")
+
+
+pytest_runtest_logreport = pytest_collectreport = note

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -41,14 +41,19 @@ WAYS = {"simpo": [], "dpo": ["--reference=cached"]}  # objective → its flags
 
 
 def start(
-    out: Path, ranks: int, log: TextIO, objective: str = "dpo", resume: str = "auto"
+    out: Path,
+    ranks: int,
+    log: TextIO,
+    objective: str = "dpo",
+    resume: str = "auto",
+    more: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """Start `torchrun train.py` on the toy, evaluated halfway."""
+    """Start `torchrun train.py` on the toy, evaluated halfway. more: its last flags."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     launcher += ["--max-restarts=2", "--monitor-interval=0.1", "--standalone"]
     command = [str(ROOT / "train.py"), f"--objective={objective}", *WAYS[objective]]
     command += [f"--max-steps={STEPS}", "--save-every=1", "--eval-every=10", "--device=cpu"]
-    command += [f"--out={out}", f"--resume={resume}"]
+    command += [f"--out={out}", f"--resume={resume}", *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = {"stdout": log, "stderr": log, "env": environment, "cwd": out.parent}
     return subprocess.Popen([*launcher, *command], **options, start_new_session=True)

@@ -248,7 +248,8 @@ def planned(*flags: str) -> dict:
 def decode(folder: str, tokens: int, transformers: bool) -> dict:
     """Return seconds per token of 16 sequences: the first time, and again; see `decoding_part`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(Path(folder) / "model", device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # as sample.py has it
+    model = load(Path(folder) / "model", device, dtype)
     prompts = [[5 + i] * (7 + 3 * i) for i in range(16)]
     found = {}
     for name, unit, cudnn in (
@@ -265,7 +266,7 @@ def decode(folder: str, tokens: int, transformers: bool) -> dict:
     if transformers:
         from transformers import AutoModelForCausalLM
 
-        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=model.dtype)
+        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
         work = partial(decoding.theirs, peer.to(device), prompts, 16, set(), tokens)
         _, seconds = decoding.run_in_turns({"theirs": work}, 3)
         found["ms per step, transformers"] = [

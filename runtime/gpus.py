@@ -255,8 +255,12 @@ def step_times(
     gathers = 1 if settings.gather_once else 2 * rounds
     gathers, reductions = gathers + rounds * forwards, 1 if settings.gather_once else rounds
     sent = whole * (1 - 1 / layout.shards)
-    # FSDP copies gathered weights out of its buffer, and gradients into it, as float32
-    copied = (layout.shards > 1) * whole * (2 * c * gathers + (c + m) * reductions)
+    # FSDP copies gathered weights out of its buffer, and gradients into it, as float32. A single
+    # GPU casts and copies both ways instead, and adds gradients to those of the rounds before.
+    copied = whole * (2 * c * gathers + (c + m) * reductions)
+    if layout.shards == 1:
+        copied = whole * ((m + 3 * c) * gathers + (c + 3 * m) * reductions)
+        copied += whole * 3 * m * (reductions - 1)
     memory = gpu.bandwidth * 1e12 * EFFICIENCY["bytes"]
     state = 10 * m * whole / layout.shards  # bytes that clipping and AdamW read and write
     launch = LAUNCH if policy == "everything" else LAUNCH_CHECKPOINTED

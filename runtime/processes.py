@@ -44,8 +44,8 @@ def start_ranks(settings: Settings) -> torch.device:
     kind = available if settings.device == "auto" else settings.device
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    use_flash(settings.flash, device)
     if dist.is_initialized():
+        use_flash(settings.flash, device)
         return device
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if kind == "cuda":
@@ -59,6 +59,7 @@ def start_ranks(settings: Settings) -> torch.device:
         # oneDNN caches buffers for every shape it has seen, and our streams all differ in length.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         keep_freed_memory()
+    use_flash(settings.flash, device)  # starts CUDA, which reads the settings above only once
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
     else:

@@ -169,6 +169,8 @@ class Run:
 
     def log_step(self, step: int, batch: list[Pair], metrics: Metrics) -> None:
         """Log a step's metrics, with speed and memory, every `--log-every` steps and at the end."""
+        if self.device.type == "cuda":  # the optimizer may still be at work
+            torch.cuda.synchronize(self.device)
         seconds = max(time.perf_counter() - self.step_started, 1e-9)  # a clock may stand still
         row = {
             "step": step + 1,

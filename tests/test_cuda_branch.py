@@ -8,6 +8,7 @@ import copy
 import os
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import flash_on_cpu
 import numpy as np
@@ -138,6 +139,24 @@ def test_flash_attention_of_another_version(monkeypatch):
     assert calls == ["FA3", "FA4", "FA2"]
 
 
+@pytest.mark.parametrize(
+    "name, device, saved",
+    [
+        ("torch_attn::_varlen_attn", "meta", True),
+        ("aten::_scaled_dot_product_efficient_attention", "meta", True),  # in float32
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "cpu", True),
+        ("aten::bmm", "cpu", True),
+        ("aten::bmm", "meta", False),  # of queries and keys, too, where no kernel takes the heads
+        ("aten::mul", "meta", False),
+    ],
+)
+def test_what_checkpointing_saves_of_attention(name, device, saved):
+    """Outputs of kernels, and of the last matmul on a CPU; "meta" stands for a GPU."""
+    op = SimpleNamespace(name=lambda: name)
+    policy = llama.checkpoint_policy(frozenset(), None, op, torch.empty(0, device=device))
+    assert policy.name == ("MUST_SAVE" if saved else "PREFER_RECOMPUTE")
+
+
 # Whole models.
 
 LENGTHS = [[(30, [20, 10])], [(31, [5, 9]), (7, [8, 60])], [(90, [80, 70])]]
@@ -256,9 +275,10 @@ def test_segments_of_gpu_memory_grow(monkeypatch, theirs):
         monkeypatch.setenv(theirs, "max_split_size_mb:512")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: 1 / 0)  # CUDA would start here
-    with pytest.raises(ZeroDivisionError):
-        processes.start_ranks(Settings(device="cuda"))
+    for start in ("set_device", "get_device_capability"):  # CUDA would start here
+        monkeypatch.setattr(torch.cuda, start, partial(fail, InterruptedError(start)))
+    with pytest.raises(InterruptedError, match="set_device"):
+        processes.start_ranks(Settings(device="cuda", flash=3))
     conf = os.environ.get("PYTORCH_ALLOC_CONF")
     assert conf == {
         None: "expandable_segments:True",

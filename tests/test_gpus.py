@@ -10,6 +10,7 @@ import torch
 from data import Pair
 from model import Config
 from runtime import gpus
+from runtime.settings import Settings
 
 # As `torch.cuda.get_device_name` returns them. Dense bf16 TFLOP/s; None: no figure is known.
 NAMES = {
@@ -132,6 +133,20 @@ def test_a_load_counts_what_its_tokens_see(window):
     seen = [min(place + 1, window or place + 1) for pair in places for place in pair]
     load = gpus.Load.of(config, pairs)
     assert (load.tokens, load.visible) == (len(seen), sum(seen))
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_single_gpu_casts_and_copies(rounds):
+    """All of its weights, twice per round; in bf16, with float32 masters. No pairs: nothing else."""
+    settings, gpu = Settings(dtype="bf16"), gpus.GPUS["H100"]
+    machine = gpus.Machine("cuda", "H100", 1, 80e9, 1e15, gpu)
+    times = gpus.step_times(TINY, settings, machine, gpus.Load(0, 0, 0), rounds)
+    weights = gpus.Layout.of(TINY, settings, machine).whole
+    forward_and_backward = 2 * (4 + 2 + 2 + 2)  # cast: read 4, write 2; copy: read 2, write 2
+    gradients = (2 + 4) + (4 + 4)  # cast, then copied
+    added = 4 + 4 + 4  # to those of the rounds before
+    moved = weights * (rounds * (forward_and_backward + gradients) + (rounds - 1) * added)
+    assert times["arithmetic"] == pytest.approx(moved / (3.35e12 * 0.75))
 
 
 def test_the_roofline_of_the_docs_is_the_one_that_is_printed():

@@ -1,7 +1,7 @@
 """Test hub ids against a small local server, which speaks the part of the hub's API that we need.
 
 The server's log says which files were downloaded. huggingface_hub reads the server's address when
-it is imported, so every download runs in a process of its own. Tests of local paths are in
+it is imported, which each download does in a process of its own. Tests of local paths are in
 tests/test_data.py.
 """
 
@@ -16,10 +16,16 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from formats.checkpoint import checkpoint_folder
+from formats.errors import DataError
+from formats.records import data_files
 
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,22 +74,6 @@ from formats.errors import DataError
 from formats.hub import from_hub
 try:
     print("got", from_hub("owner/name@v2", "model", lambda files: files))
-except DataError as e:
-    print("refused:", e)
-"""
-
-# The script of a download: it prints the files it got, or the one line of the error.
-DOWNLOAD = """\
-from formats.checkpoint import checkpoint_folder
-from formats.errors import DataError
-from formats.records import data_files
-try:
-    paths = {expression}
-    if hasattr(paths, "rglob"):
-        paths = sorted(path for path in paths.rglob("*") if path.is_file())
-    for path in paths:
-        parts = path.parts[path.parts.index("snapshots") + 2 :]
-        print("/".join(parts))
 except DataError as e:
     print("refused:", e)
 """
@@ -181,44 +171,63 @@ def hub():
 
 
 @pytest.fixture
-def ask(hub, tmp_path):
-    """Return a function that evaluates an expression in a new process with a cache of its own.
+def environment(hub, tmp_path) -> dict[str, str]:
+    """Return an environment in which downloads come from the server, into a cache of their own."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HF_") and "proxy" not in name.lower()
+    }
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    return clean | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address}
 
-    The function returns the names of the files that the process got, or the one line of its error.
+
+@pytest.fixture
+def ask(environment, monkeypatch, tmp_path):
+    """Return a function that opens a model or a data set in this environment.
+
+    It returns the names of the files that it got, or the one line of its error.
     """
 
-    def ask(expression: str, script: str = DOWNLOAD, **environment: str) -> list[str] | str:
-        clean = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("HF_") and "proxy" not in name.lower()
-        }
-        address = f"http://127.0.0.1:{hub.server_address[1]}"
-        settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address}
-        done = subprocess.run(
-            [sys.executable, "-c", script.replace("{expression}", expression)],
-            env=clean | {"PYTHONPATH": str(ROOT)} | settings | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        lines = done.stdout.splitlines()
-        if len(lines) == 1 and lines[0].startswith("refused: "):
-            return lines[0].removeprefix("refused: ")
-        return lines
+    def ask(work: Callable[[], Path | list[Path]], **more: str) -> list[str] | str:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(os, "environ", environment | more)
+            try:
+                paths = work()
+            except DataError as e:
+                return str(e)
+        if isinstance(paths, Path):
+            paths = sorted(path for path in paths.rglob("*") if path.is_file())
+        return ["/".join(path.parts[path.parts.index("snapshots") + 2 :]) for path in paths]
 
     return ask
 
 
-def model(name: str) -> str:
-    return f"checkpoint_folder({name!r})"
+@pytest.fixture
+def refusal(environment, tmp_path):
+    """Return a function that downloads whatever the hub names, and returns the error of that.
+
+    It does so in a process without the imports of the commands, whose memory can be watched.
+    """
+
+    def refusal() -> str:
+        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+        path = {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", BARE], env=environment | path, **options)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        [line] = done.stdout.splitlines()
+        return line.removeprefix("refused: ")
+
+    return refusal
 
 
-def dataset(name: str) -> str:
-    return f"data_files({name!r})"
+def model(name: str) -> Callable[[], Path]:
+    return partial(checkpoint_folder, name)
+
+
+def dataset(name: str) -> Callable[[], list[Path]]:
+    return partial(data_files, name)
 
 
 def test_model(hub, ask):
@@ -362,12 +371,12 @@ HOSTILE = {  # a hub, and what is said about it
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_hub(hub, ask, tmp_path, case):
+def test_hostile_hub(hub, refusal, tmp_path, case):
     """What a hub says costs neither time, disk nor memory without bound, nor leads elsewhere."""
     hub.hostile, why = HOSTILE[case]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    refused = ask("", BARE)
-    assert isinstance(refused, str) and refused.startswith("owner/name@v2: ") and why in refused
+    refused = refusal()
+    assert refused.startswith("owner/name@v2: ") and why in refused
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
     assert not Path("/tmp/evil-of-the-hub").exists()
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 2**26
@@ -375,10 +384,10 @@ def test_hostile_hub(hub, ask, tmp_path, case):
 
 
 @pytest.mark.parametrize("etag", ["../../../../evil", "/tmp/evil-of-the-hub"])
-def test_hub_that_names_its_blobs(hub, ask, tmp_path, etag):
+def test_hub_that_names_its_blobs(hub, refusal, tmp_path, etag):
     """A file is written into the cache, whatever the hub calls its content."""
     hub.etag = etag
-    assert "outside of the cache" in ask("", BARE)
+    assert "outside of the cache" in refusal()
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
     assert not list(Path("/tmp").glob("evil-of-the-hub*"))
 

@@ -25,7 +25,18 @@ import faults
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import ROOT, arguments, fails, few_pairs, launch, losses, rows_of, run
+from test_train import (
+    ROOT,
+    TOY,
+    arguments,
+    fails,
+    few_pairs,
+    first_lines,
+    launch,
+    losses,
+    rows_of,
+    run,
+)
 
 import train
 from formats import checkpoint
@@ -197,11 +208,14 @@ def test_resume_on_another_number_of_ranks(monkeypatch, capsys, tmp_path):
 
 def test_a_worker_is_killed_and_torchrun_starts_it_again(tmp_path):
     """After SIGKILL to one of two workers, torchrun restarts them and the run ends the same."""
-    # one case of the campaign in bench/faults.py: a real torchrun and a real SIGKILL
+    # one case of the campaign in bench/faults.py, shorter: a real torchrun and a real SIGKILL
+    few = first_lines(TOY / "heldout.jsonl", 60, tmp_path / "few.jsonl")
+    shorter = [f"--model={TOY}/checkpoint", f"--data={few}", f"--eval-data={few}", "--lr=1e-3"]
+    shorter += ["--batch-size=10", "--max-steps=6", "--eval-every=3"]
     for name in ("unbroken", "killed"):
         out = tmp_path / name
         with open(out.with_suffix(".log"), "w") as log:
-            process = faults.start(out, 2, log)
+            process = faults.start(out, 2, log, more=shorter)
             if name == "killed":
                 while not checkpoints(out) and process.poll() is None:
                     time.sleep(0.05)

@@ -261,7 +261,8 @@ def test_dpo_starts_at_ln2_with_both_references(monkeypatch, tmp_path, dtype):
     """DPO's first loss and first evaluation are ln 2, and both references give the same run."""
     runs = {}
     flags = {"objective": "dpo", "beta": 0.1, "dtype": dtype, "epochs": 1, "max_steps": 4}
-    flags |= {"eval_data": TOY / "heldout.jsonl", "microbatch_tokens": 300}
+    flags |= {"eval_data": first_lines(TOY / "heldout.jsonl", 40, tmp_path / "few.jsonl")}
+    flags |= {"microbatch_tokens": 300}
     for reference in ("online", "cached"):
         rows = run(monkeypatch, tmp_path / reference, reference=reference, **flags)
         assert rows[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -363,7 +364,7 @@ def test_compiled_blocks_give_the_same_losses(monkeypatch, tmp_path):
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
     flags = few_pairs(tmp_path) | {"max_steps": 1, "microbatch_tokens": 200}
-    flags |= {"activation_checkpointing": False}
+    flags |= {"activation_checkpointing": False, "eval_data": None}
     plain = run(monkeypatch, tmp_path / "plain", **flags)
     compiled = run(monkeypatch, tmp_path / "compiled", compile=True, **flags)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
