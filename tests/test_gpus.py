@@ -137,7 +137,7 @@ def test_a_load_counts_what_its_tokens_see(window):
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_single_gpu_casts_and_copies(rounds):
-    """All of its weights, twice per round; in bf16, with float32 masters. No pairs: nothing else."""
+    """All of its weights, twice a round, and gradients, in bf16 with float32 masters; no pairs."""
     settings, gpu = Settings(dtype="bf16"), gpus.GPUS["H100"]
     machine = gpus.Machine("cuda", "H100", 1, 80e9, 1e15, gpu)
     times = gpus.step_times(TINY, settings, machine, gpus.Load(0, 0, 0), rounds)
