@@ -1,7 +1,7 @@
 """Repeat the paper in miniature: its pipeline, ablations and analyses in a world for a laptop.
 
     python toy/miniature.py
-        one seed: SimPO, DPO and two ablations, about two minutes
+        one seed: SimPO, DPO and two ablations, two to five minutes
     python toy/miniature.py --seeds 5
         five seeds: mean ± standard deviation
     python toy/miniature.py --full --seeds 5 --out toy
