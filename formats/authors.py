@@ -30,6 +30,8 @@ id for id. TRL is the CPOTrainer of release 1.16, which trains SimPO there.
   token.
 * A BOS that a template writes is cut from the prompt's text, with one space after it, and put first
   as an id. The templates in recipes/ write BOS, for sampling, and those of the authors do not.
+* A response is rendered alone, by the authors too. If the template then opens another turn first,
+  such as a default system message, that turn is predicted: it is counted, and the log says so.
 * Without a template, texts are used as they are. What formats/schemas.py drops stays dropped.
 """
 
@@ -67,6 +69,9 @@ def encode_like_authors(
     """
     bos, eos = (_special_id(tokenizer, name) for name in ("bos_token", "eos_token"))
     texts = _texts(examples, tokenizer)
+    if _opens_another_turn(tokenizer):
+        begin = "responses that begin with another turn, which the template opens"
+        counts[f"{begin} (pass --no-like-authors)"] += sum(len(answers) for _, answers in texts)
     prompts = tokenizer.encode_prompts([prompt for prompt, _ in texts])
     whole = iter(tokenizer.encode_prompts([p + answer for p, group in texts for answer in group]))
     pairs = []
@@ -92,6 +97,16 @@ def encode_like_authors(
         arrays = [np.array(ids, np.int32) for ids in (prompt, *responses)]
         pairs.append(Pair(arrays[0], tuple(arrays[1:]), example.where))
     return pairs
+
+
+def _opens_another_turn(tokenizer: Tokenizer) -> bool:
+    """Return True if the template writes more before an answer alone than in a conversation."""
+    if not tokenizer.template:
+        return False
+    question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    conversations = [([question, answer], False), ([answer], False)]
+    whole, alone = tokenizer.render(conversations, ["a conversation", "an answer alone"])
+    return not whole.endswith(alone.removeprefix(tokenizer.special["bos_token"]))
 
 
 def _special_id(tokenizer: Tokenizer, name: str) -> int:

@@ -1,12 +1,18 @@
 """List every objective in one table. Adding one is a function and a line.
 
     def my_loss(chosen_logps, rejected_logps, beta): ...       in the shape of simpo.py: a triple
-    OBJECTIVES["mine"] = Objective(lambda p, s: my_loss(*p.logps, s.beta), {"beta": 1.0})
+    "mine": Objective(lambda p, s: my_loss(*p.logps, s.beta), {"beta": 1.0}),           at the end
 
 Everything else follows from the entry: the choices of `--objective`, the defaults in `--help`, the
 check for hyperparameters of other objectives, the reference model, the analyses, and `torchrun
-train.py --objective mine` on the toy. A new hyperparameter is one more line in
-`runtime/settings.py`.
+train.py --objective mine` on the toy; toy/mine.toml may hold settings that suit it better.
+
+A loss that compares with a reference model asks for `*p.ref_logps`, and its defaults hold
+"reference": "online". The absolute margin `s.gamma` needs "beta" and "gamma_beta_ratio" in the
+defaults. A new hyperparameter is one more line in `runtime/settings.py`; None there means that the
+default is the objective's:
+
+    margin_tokens: float | None = option(None, "mine: tokens per margin", above=0)
 
 The losses stand in `simpo.py`, `methods/baselines.py` and `methods/successors.py`.
 `train.forward_backward` calls `pair_losses`.
@@ -42,8 +48,14 @@ class LossInputs:
 
     logps: tuple[Tensor, Tensor]
     lengths: tuple[Tensor, Tensor]
-    ref_logps: tuple[Tensor, Tensor] = (None, None)  # without a reference
+    reference: tuple[Tensor, Tensor] | None = None
     baseline: float = 0.0
+
+    @property
+    def ref_logps(self) -> tuple[Tensor, Tensor]:
+        if self.reference is None:
+            raise TypeError('a loss reads ref_logps: add "reference": "online" to its defaults')
+        return self.reference
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,9 @@ def pair_losses(
     logps, ref_logps: summed log-probabilities in nats, [pairs, (chosen, rejected)].
     lengths: response lengths in tokens, of the same shape.
     baseline: what the objective's `step_baseline` gave for this step; None if it has none.
+
+    Raises:
+        TypeError: the loss does not return one number per pair, three times.
     """
     objective = OBJECTIVES[settings.objective]
     names = ("chosen", "rejected")[: logps.shape[1]]
@@ -156,9 +171,14 @@ def pair_losses(
     }
     if objective.loss is None:
         return torch.zeros_like(logps[:, 0]), metrics
-    reference = (None, None) if ref_logps is None else ref_logps.unbind(1)
+    reference = None if ref_logps is None else ref_logps.unbind(1)
     inputs = LossInputs(logps.unbind(1), lengths.unbind(1), reference, baseline or 0.0)
-    losses, chosen, rejected = objective.loss(inputs, settings)
+    found = objective.loss(inputs, settings)
+    # A mean instead of losses, or [pairs, pairs], would pass, and depend on the micro-batches.
+    if not isinstance(found, tuple) or [x.shape for x in found] != [logps[:, 0].shape] * 3:
+        triple = "(losses, chosen_rewards, rejected_rewards), each [pairs]"
+        raise TypeError(f"objective {settings.objective}: its loss must return {triple}")
+    losses, chosen, rejected = found[0], found[1].detach(), found[2].detach()
     ties = (chosen == rejected).float()
     return losses, metrics | {
         "rewards/chosen": chosen,

@@ -495,7 +495,8 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
     on_gpu = worst(lay_out(replace(settings, offload=False), machine)[0])
     of_step = Load.of(config, list(itertools.chain(*steps))).times(1 / len(steps))
     largest_step = max(sum(pair.tokens for pair in step) for step in steps)
-    most = max(math.ceil(largest_step / machine.gpus), alone[0].tokens)
+    at_once = replace(settings, microbatch_tokens=largest_step)
+    most = int(fullest_microbatch(config, at_once, machine, steps, longest)[0].tokens)
     largest = largest_microbatch(config, settings, machine, fullest, most)
     flops, share = step_flops(config, settings, steps), options.mfu
     times = step_times(config, settings, machine, of_step.times(1 / machine.gpus), rounds)

@@ -112,7 +112,10 @@ class Settings:
         metavar="PAIRS",
     )
     eval_data: str | None = option(
-        None, "held-out pairs, as for --data; evaluated before and after training", metavar="PAIRS"
+        None,
+        "held-out pairs, as for --data; evaluated before and after training; none: not those that "
+        "a --config names",
+        metavar="PAIRS",
     )
     columns: str | None = option(
         None,
@@ -437,6 +440,17 @@ class Settings:
 AUTO = "microbatch_tokens", "keep_products"  # what `runtime.plan.fit_to_memory` chooses for auto
 
 
+def check_hyperparameters() -> None:
+    """Raise TypeError if a hyperparameter of the table is not a setting that is None by default."""
+    for name, users in hyperparameters().items():
+        if getattr(Settings, name, "absent") is not None:
+            line = f"{name}: float | None = option(None, …)"
+            raise TypeError(f"hyperparameter {name} of {', '.join(users)}: Settings needs `{line}`")
+
+
+check_hyperparameters()
+
+
 def auto_dtype(device: str) -> str:
     """Return the dtype that `auto` means on "cuda" or "cpu": bf16 on GPUs that compute in it."""
     old = torch.cuda.is_available() and not flash_runs(torch.device("cuda"))
@@ -508,6 +522,8 @@ def read_command(
             values = (read_toml(Path(config)) if config else {}) | flags
     except DataError as e:
         parser.error(str(e))
+    if values.get("eval_data") == "none":
+        del values["eval_data"]
     for f in fields(Settings):  # of the TOML file
         if f.metadata["metavar"] in PATHS and f.name in values:
             values[f.name] = expand_home(values[f.name])

@@ -125,6 +125,20 @@ def test_empty_system_message(tmp_path, body, messages, expected):
     assert "assistant" in response and "system" not in response
 
 
+@pytest.mark.parametrize("default", ["", "<s>[system]Be kind.;"])
+def test_a_turn_before_an_answer_alone_is_counted(tmp_path, default):
+    """The authors' trainer would have the model predict a template's default system message."""
+    first = "{% if messages[0].role != 'system' %}" + default + "{% endif %}"
+    body = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    tokenizer = our_tokenizer(tmp_path, FAMILIES["Zephyr"], first + body)
+    counts = Counter()
+    [pair] = encode_like_authors([Example(HI, ("Yes.", "No."), "")], tokenizer, 99, 90, counts)
+    spelled = tokenizer.backend.decode(pair.responses[0].tolist(), False).replace(" ", "")
+    assert ("[system]" in spelled) == bool(default)
+    said = [name for name in counts if "--no-like-authors" in name and counts[name] == 2]
+    assert bool(said) == bool(default)
+
+
 def test_prompt_may_be_text(tmp_path):
     """A string becomes one user message, a transcript its turns, as without the switch."""
     tokenizer = our_tokenizer(tmp_path, FAMILIES["Zephyr"])

@@ -5,14 +5,15 @@ This is the documented way to try a loss of your own: write it in the shape of `
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_train import TOY, fails, losses, run
 
-from methods.objectives import OBJECTIVES, Objective, hyperparameters
-from runtime.settings import read_settings
+from methods.objectives import OBJECTIVES, Objective, hyperparameters, pair_losses
+from runtime.settings import check_hyperparameters, read_settings
 from study import analyze
 
 
@@ -50,6 +51,50 @@ def test_a_new_objective_trains_on_the_toy(monkeypatch, angle, tmp_path):
     assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert recorded["objective"] == "angle" and recorded["delta"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda losses, *rewards: losses,
+        lambda losses, *rewards: (losses.mean(), *rewards),
+        lambda losses, chosen, rejected: (losses[:, None] + losses, chosen, rejected),
+        lambda losses, chosen, rejected: (losses, chosen - rejected),
+    ],
+    ids=["no rewards", "a mean", "pairs by pairs", "a margin"],
+)
+def test_a_loss_returns_one_number_per_pair(monkeypatch, returned):
+    """What broadcasts would be averaged all the same, with other results in other micro-batches."""
+    loss = lambda p, s: returned(*angle_loss(*p.logps, *p.lengths, 5.0, 2.0))  # noqa: E731
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(loss))
+    logps, lengths = -torch.rand(3, 2), torch.ones(3, 2)
+    with pytest.raises(TypeError, match="objective mine: its loss must return .losses, chosen_"):
+        pair_losses(SimpleNamespace(objective="mine"), logps, lengths, None)
+
+
+@pytest.mark.parametrize("name", ["tau", "lr"])
+def test_a_hyperparameter_is_a_setting_without_a_default(monkeypatch, name):
+    """Absent, every command would fail; with a default, every objective would refuse it."""
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(None, {name: 1.0}))
+    with pytest.raises(TypeError, match=f"{name} of mine: Settings needs `{name}: float"):
+        check_hyperparameters()
+
+
+def test_rewards_carry_no_gradient(monkeypatch):
+    """Even if a loss forgets to detach them."""
+    loss = lambda p, s: (p.logps[0] - p.logps[1], *p.logps)  # noqa: E731
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(loss))
+    logps = torch.rand(3, 2, requires_grad=True)
+    settings = SimpleNamespace(objective="mine")
+    losses, metrics = pair_losses(settings, logps, torch.ones(3, 2), None)
+    assert losses.requires_grad and not any(x.requires_grad for x in metrics.values())
+
+
+def test_a_reference_must_be_asked_for(monkeypatch):
+    loss = lambda p, s: p.ref_logps  # noqa: E731
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(loss))
+    with pytest.raises(TypeError, match='add "reference": "online" to its defaults'):
+        pair_losses(SimpleNamespace(objective="mine"), torch.rand(3, 2), torch.ones(3, 2), None)
 
 
 def test_help_defaults_and_checks_follow(monkeypatch, angle, capsys, tmp_path):

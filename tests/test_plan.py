@@ -155,6 +155,23 @@ def test_70b_on_64_gpus(tmp_path):
     assert p.largest == p.most == 8000
 
 
+def test_the_largest_microbatch_holds_a_whole_step(tmp_path):
+    """Shares of several GPUs differ by up to a pair, and the fullest must fit."""
+    lengths = [(40, 90, 60), (10, 300, 20), (5, 5, 5), (80, 10, 100), (30, 30, 30)] * 8
+    records = [
+        {"prompt": "a " * p, "chosen": "b " * c, "rejected": "c " * r} for p, c, r in lengths
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = [f"--model={ROOT}/toy/checkpoint", f"--data={data}", "--plan", "--gpus=8", "--gpu=H100"]
+    flags += ["--batch-size=40"]
+    largest = plan.make_plan(*read_command(flags)).largest
+    whole = plan.make_plan(*read_command([*flags, f"--microbatch-tokens={largest}"]))
+    assert whole.microbatches == 1 and whole.load.tokens == largest == whole.most
+    less = plan.make_plan(*read_command([*flags, f"--microbatch-tokens={largest - 1}"]))
+    assert less.microbatches == 2
+
+
 def test_largest_microbatch_fits_and_no_larger_one(tmp_path):
     tmp_path.joinpath("config.json").write_text(json.dumps(LLAMA3_8B))
     config = read_config(tmp_path)

@@ -106,7 +106,8 @@ def test_help_names_the_default_of_each_objective(capsys):
         read_settings(["--help"])
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "2.0 for simpo; 0.01 for dpo, cpo, kto, rdpo; 0.1 for ipo" in text
+    for default in ("2.0 for simpo", "0.01 for dpo, cpo, kto, rdpo", "0.1 for ipo, apo_zero"):
+        assert default in text  # maybe with others that were added
     assert "planning, with --plan alone" in text and text.index("planning") > text.index("--wandb")
 
 
@@ -195,6 +196,16 @@ def test_a_dry_run_on_two_ranks_reads_in_one_order(tmp_path):
 def test_a_dry_run_refuses_what_training_would(monkeypatch, capsys, tmp_path):
     line = fails(monkeypatch, capsys, tmp_path / "run", 1, dry_run=True, replicate=3)
     assert "--replicate 3" in line
+
+
+def test_the_held_out_pairs_of_a_recipe_can_be_left_out(tmp_path):
+    """They belong to its data, and somebody with other data may have none."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "m"\ndata = "d"\neval-data = "e"\n')
+    flags = [f"--config={recipe}", "--data=mine"]
+    assert read_settings(flags).eval_data == "e"
+    assert read_settings([*flags, "--eval-data=none"]).eval_data is None
+    assert read_settings(["--eval-data=none"]).eval_data is None  # nor those of the toy
 
 
 def test_planning_keys_of_a_file_wait_for_plan(tmp_path):

@@ -23,6 +23,7 @@ import train
 from data import batches
 from formats.checkpoint import load, save
 from formats.tokenizer import Tokenizer
+from methods import objectives
 from runtime import inputs
 from runtime.processes import multiplies_bf16
 from runtime.settings import Settings, read_settings
@@ -138,6 +139,7 @@ OBJECTIVES = {  # objective: its flags; each is trained on two ranks, sharded
     "apo_zero": {},
     "sft": {},
 }
+OBJECTIVES |= {name: {} for name in objectives.OBJECTIVES if name not in OBJECTIVES}  # yours
 LAYOUTS = {  # every other way in which two ranks can share a run: its flags; for SimPO alone
     "copies": {"replicate": 2},
     "once": {"gather_once": True},
