@@ -42,7 +42,7 @@ from simpo import dpo_loss, simpo_loss
 class LossInputs:
     """Holds what a loss may ask for. Tensors come as (chosen, rejected) and are [pairs] each.
 
-    logps, ref_logps: summed log-probabilities in nats, under the policy and under the reference.
+    logps, reference: summed log-probabilities in nats, under the policy and under the reference.
     lengths: response lengths in tokens. baseline: the objective's `step_baseline`, else 0.
     """
 
@@ -53,6 +53,7 @@ class LossInputs:
 
     @property
     def ref_logps(self) -> tuple[Tensor, Tensor]:
+        """Return those under the reference. Raises TypeError if the objective asked for none."""
         if self.reference is None:
             raise TypeError('a loss reads ref_logps: add "reference": "online" to its defaults')
         return self.reference
@@ -175,7 +176,8 @@ def pair_losses(
     inputs = LossInputs(logps.unbind(1), lengths.unbind(1), reference, baseline or 0.0)
     found = objective.loss(inputs, settings)
     # A mean instead of losses, or [pairs, pairs], would pass, and depend on the micro-batches.
-    if not isinstance(found, tuple) or [x.shape for x in found] != [logps[:, 0].shape] * 3:
+    shapes = [getattr(x, "shape", None) for x in found] if isinstance(found, tuple) else []
+    if shapes != [logps[:, 0].shape] * 3:
         triple = "(losses, chosen_rewards, rejected_rewards), each [pairs]"
         raise TypeError(f"objective {settings.objective}: its loss must return {triple}")
     losses, chosen, rejected = found[0], found[1].detach(), found[2].detach()

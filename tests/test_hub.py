@@ -392,16 +392,14 @@ def test_hub_that_names_its_blobs(hub, refusal, tmp_path, etag):
     assert not list(Path("/tmp").glob("evil-of-the-hub*"))
 
 
-def test_hub_that_drips(hub, tmp_path):
+def test_hub_that_drips(hub, environment):
     """A hub that sends a byte at a time, never long enough apart, is left after some time."""
     hub.hostile = endless("resolve", pause=0.1)
     limits = "hub.SMALL = (2, 2**26, 2**34)"
     done = subprocess.run(
         [sys.executable, "-c", f"import formats.hub as hub; {limits}; hub.serve()"]
         + ["owner/name@v2", "model"],
-        env=os.environ
-        | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}"}
-        | {"HF_HUB_OFFLINE": "0"},
+        env=environment,
         cwd=ROOT,
         input=b'["config.json"]\n',
         capture_output=True,

@@ -173,7 +173,9 @@ DEFAULTS = {
 
 def test_defaults_of_every_objective():
     """A default is a promise to whoever names none, so changing one must change this table."""
-    assert {name: OBJECTIVES[name].defaults for name in DEFAULTS} == DEFAULTS
+    # objectives that somebody adds stand after these
+    ours = list(OBJECTIVES.items())[: len(DEFAULTS)]
+    assert {name: objective.defaults for name, objective in ours} == DEFAULTS
 
 
 @pytest.mark.parametrize("longest, prompt", [(2048, 1800), (1024, 900), (4096, 1800), (512, 450)])

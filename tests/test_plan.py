@@ -157,7 +157,7 @@ def test_70b_on_64_gpus(tmp_path):
 
 def test_the_largest_microbatch_holds_a_whole_step(tmp_path):
     """Shares of several GPUs differ by up to a pair, and the fullest must fit."""
-    lengths = [(40, 90, 60), (10, 300, 20), (5, 5, 5), (80, 10, 100), (30, 30, 30)] * 8
+    lengths = [(5 + 7 * i % 90, 3 + 11 * i % 200, 4 + 5 * i % 70) for i in range(40)]
     records = [
         {"prompt": "a " * p, "chosen": "b " * c, "rejected": "c " * r} for p, c, r in lengths
     ]

@@ -211,7 +211,7 @@ def test_a_worker_is_killed_and_torchrun_starts_it_again(tmp_path):
     # one case of the campaign in bench/faults.py, shorter: a real torchrun and a real SIGKILL
     few = first_lines(TOY / "heldout.jsonl", 60, tmp_path / "few.jsonl")
     shorter = [f"--model={TOY}/checkpoint", f"--data={few}", f"--eval-data={few}", "--lr=1e-3"]
-    shorter += ["--batch-size=10", "--max-steps=6", "--eval-every=3"]
+    shorter += ["--batch-size=5", "--max-steps=12", "--eval-every=6"]
     for name in ("unbroken", "killed"):
         out = tmp_path / name
         with open(out.with_suffix(".log"), "w") as log:

@@ -366,7 +366,7 @@ def test_compiled_blocks_give_the_same_losses(monkeypatch, tmp_path):
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
     flags = few_pairs(tmp_path) | {"max_steps": 1, "microbatch_tokens": 200}
-    flags |= {"activation_checkpointing": False, "eval_data": None}
+    flags |= {"activation_checkpointing": False}
     plain = run(monkeypatch, tmp_path / "plain", **flags)
     compiled = run(monkeypatch, tmp_path / "compiled", compile=True, **flags)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
