@@ -25,7 +25,7 @@ two parts that differ from other implementations.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,11 +62,6 @@ class Config:
     sliding_window: int | None = None  # in positions; None: a token sees its whole path
     tie_word_embeddings: bool = False  # lm_head is the transposed embedding
     max_position_embeddings: int = 2048  # the longest training context; RoPE itself has no limit
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Upcast to at least float32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:
@@ -211,6 +206,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.keep_logits = False  # for backward, which otherwise recomputes them tile by tile
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -232,7 +228,8 @@ class Llama(nn.Module):
         """
         attend = PackedAttention(key_index, cu_q, cu_k, self.config.sliding_window)
         hidden = self.model(tokens, positions, attend).index_select(0, predict)  # [N, D]
-        return TiledLogps.apply(hidden, self.head_weight, targets)
+        keep = self.keep_logits and torch.is_grad_enabled()
+        return TiledLogps.apply(hidden, self.head_weight, targets, keep)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,52 +247,56 @@ class TiledLogps(torch.autograd.Function):
 
     Logits exist for one tile of vocabulary entries at a time, for all N rows. Forward keeps,
     beyond its inputs, the log-sum-exp of each row; with it, backward recomputes a tile's
-    probabilities. Each vocabulary row belongs to one tile, so its gradient is written once, as one
-    product over all N positions, instead of being summed over chunks of positions.
+    probabilities. Where memory allows, `keep` spares it the matmul. Each vocabulary row belongs to
+    one tile, so its gradient is written once, as one product over all N positions.
     """
 
     @staticmethod
     def tiles(
-        hidden: Tensor, weight: Tensor, targets: Tensor
+        hidden: Tensor, weight: Tensor, targets: Tensor, kept: Sequence[Tensor] = ()
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yield each tile's entries (a slice of V), its logits [N, width], and where targets are.
 
         The last two tensors say whether each target is in the tile [N], and in which column [N, 1].
+        kept: every tile's logits, if forward kept them.
         """
         width = LOGITS_TILE[hidden.device.type] // len(hidden)
         width = max(MIN_TILE_WIDTH, width - width % TILE_STEP)
-        for start in range(0, len(weight), width):
-            entries = slice(start, min(start + width, len(weight)))
-            inside = (entries.start <= targets) & (targets < entries.stop)
-            column = (targets - entries.start).clamp(0, entries.stop - entries.start - 1)[:, None]
-            yield entries, upcast(F.linear(hidden, weight[entries])), inside, column
+        for i, start in enumerate(range(0, len(weight), width)):
+            entries, column = slice(start, start + width), targets - start
+            inside = (0 <= column) & (column < width)
+            logits = kept[i] if kept else F.linear(hidden, weight[entries])
+            yield entries, logits, inside, column.clamp(0, width - 1)[:, None]
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        maximum = upcast(hidden.new_full(targets.shape, -torch.inf))  # of each row's logits so far
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, keep=False) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)  # to which logits are upcast
+        maximum = hidden.new_full(targets.shape, -torch.inf, dtype=dtype)  # of logits so far
         total = torch.zeros_like(maximum)  # Σ exp(logit − maximum)
         target_logit = torch.zeros_like(maximum)
+        kept: list[Tensor] = []
         for _, logits, inside, column in TiledLogps.tiles(hidden, weight, targets):
+            if keep:
+                kept.append(logits)
             target_logit += logits.gather(1, column)[:, 0].where(inside, 0.0)
             previous, maximum = maximum, torch.maximum(maximum, logits.amax(1))
-            rescaled = total * (previous - maximum).exp()
-            total = rescaled + logits.sub_(maximum[:, None]).exp_().sum(1)
+            total = total * (previous - maximum).exp() + (logits - maximum[:, None]).exp_().sum(1)
         normaliser = maximum + total.log()
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.save_for_backward(hidden, weight, targets, normaliser, *kept)
         return target_logit - normaliser
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, weight, targets, normaliser = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.zeros_like(upcast(hidden)), torch.empty_like(weight)
-        for entries, logits, inside, column in TiledLogps.tiles(hidden, weight, targets):
-            probabilities = logits.sub_(normaliser[:, None]).exp_()
-            probabilities.scatter_add_(1, column, -inside[:, None].to(logits.dtype))
-            # grad · (1[entry is the target] − p)
-            grad_logits = probabilities.mul_(-grad[:, None]).to(hidden.dtype)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, targets, normaliser, *kept = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=grad.dtype)
+        grad_weight = torch.empty_like(weight)
+        for entries, logits, inside, column in TiledLogps.tiles(hidden, weight, targets, kept):
+            probabilities = (logits - normaliser[:, None]).exp_()
+            probabilities.scatter_add_(1, column, -inside[:, None].to(grad.dtype))
+            grad_logits = probabilities.mul_(-grad[:, None]).to(hidden.dtype)  # g · (1[target] − p)
             grad_hidden += grad_logits @ weight[entries]
             torch.mm(grad_logits.t(), hidden, out=grad_weight[entries])
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
 # --------------------------------------------------------------------------------------------------

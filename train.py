@@ -226,6 +226,7 @@ def build_model(inputs: Inputs, mesh: DeviceMesh, settings: Settings, trainable:
     if settings.offload:
         pin_memory = mesh.device_type == "cuda"
         fsdp_options["offload_policy"] = CPUOffloadPolicy(pin_memory=pin_memory)
+    model.keep_logits = settings.keeps_logits
     keep_gathered = settings.gather_once and trainable
     for block in model.model.layers:
         block.checkpoint_activations = settings.activation_checkpointing

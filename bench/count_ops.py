@@ -181,6 +181,7 @@ def costs_of(config: Config, pairs: list[Pair], keep: str) -> Costs:
         visible += p * (p + 1) / 2 + sum(r * (p + (r + 1) / 2) for r in responses)
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16)
+    model.keep_logits = keep in ("all", "everything")
     for block in model.model.layers:
         block.checkpoint_activations = keep != "everything"
         block.save_matmuls(keep if keep != "everything" else "none")
@@ -260,13 +261,14 @@ def main() -> None:
         return print("\n".join(roofline(gpu, flags.keep)))
     tokens = sum(pair.tokens for pair in PAIRS)
     for keep in POLICIES:
-        layer, rest = layer_and_rest(LLAMA3_8B, PAIRS, keep)
+        layer, _ = layer_and_rest(LLAMA3_8B, PAIRS, keep)
         print(
             f"one layer, {tokens:,} tokens, kept: {keep}\n  kind           ops     TFLOP        GB"
         )
         print("\n".join(count_lines(layer)))
-    print("embedding, last norm, head")
-    print("\n".join(count_lines(rest)))
+    for keep, logits in (("none", "computed twice"), ("all", "kept")):
+        print(f"embedding, last norm, head; logits {logits}")
+        print("\n".join(count_lines(layer_and_rest(LLAMA3_8B, PAIRS, keep)[1])))
 
 
 if __name__ == "__main__":

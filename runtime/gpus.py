@@ -225,15 +225,16 @@ def work(config: Config, load: Load, policy: str | None) -> Work:
     forward = again + t * 6 * d
     if policy is None:
         matmul = 2 * (layers * weights * t + logits * d)
-        return Work(matmul, 4 * product, layers * forward + 32 * logits, ops=0)
+        return Work(matmul, 4 * product, layers * forward + 22 * logits, ops=0)
     backward = t * (12 * d + 44 * turned + 18 * i + 30 * d + 2 * kv) + 6 * kv * load.keys
     remade = {"none": d * (2 * a + kv + 2 * i), "attention": 2 * d * i}.get(policy, 0)
-    checkpointed = policy != "everything"
+    checkpointed, head = policy != "everything", 3 if policy in ("all", "everything") else 4
     return Work(
-        matmul=2 * (layers * (3 * weights + remade) * t + 4 * logits * d),
+        matmul=2 * (layers * (3 * weights + remade) * t + head * logits * d),
         attention=14 * product,
-        bytes=layers * (forward + backward + checkpointed * again) + 74 * logits,
-        ops=layers * (90 if checkpointed else 71) + 40 * logits / LOGITS_TILE["cuda"],
+        bytes=layers * (forward + backward + checkpointed * again) + 56 * logits,
+        ops=layers * {"none": 90, "attention": 86, "all": 84}.get(policy, 71)
+        + 38 * logits / LOGITS_TILE["cuda"],
     )
 
 
@@ -249,9 +250,8 @@ def step_times(
     if gpu is None or settings.dtype != "bf16":
         return {}
     c, m, whole = layout.compute_bytes, layout.master_bytes, layout.whole
-    policy = settings.keep_products if settings.activation_checkpointing else "everything"
     one, forwards = load.times(1 / rounds), extra_passes(settings)
-    training, scoring = work(config, one, policy), work(config, one, None)
+    training, scoring = work(config, one, settings.kept), work(config, one, None)
     gathers = 1 if settings.gather_once else 2 * rounds
     gathers, reductions = gathers + rounds * forwards, 1 if settings.gather_once else rounds
     sent = whole * (1 - 1 / layout.shards)
@@ -263,7 +263,7 @@ def step_times(
         copied += whole * 3 * m * (reductions - 1)
     memory = gpu.bandwidth * 1e12 * EFFICIENCY["bytes"]
     state = 10 * m * whole / layout.shards  # bytes that clipping and AdamW read and write
-    launch = LAUNCH if policy == "everything" else LAUNCH_CHECKPOINTED
+    launch = LAUNCH_CHECKPOINTED if settings.activation_checkpointing else LAUNCH
     crossing = layout.offload * m * (gathers + reductions) * whole / layout.shards
     return {
         "arithmetic": rounds * (training.seconds(gpu) + forwards * scoring.seconds(gpu))

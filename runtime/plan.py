@@ -64,7 +64,7 @@ SLACK = {"cuda": 0.05, "cpu": 0.03}
 SHARE = 0.8  # of the free memory that `auto` plans with: no plan has been held to a GPU yet
 
 PERSISTENT = "parameters", "gradients", "optimizer", "reference"  # through the whole step
-TEMPORARY = "gathered weights", "unsharded gradients", "activations", "log-prob tile"
+TEMPORARY = "gathered weights", "unsharded gradients", "activations", "logits"
 
 ASSUMED_MFU = 0.4  # where only the peak is known
 # The models of recipes/, as their config.json on the hub describes them
@@ -169,7 +169,7 @@ def temporary_memory(
     reduced = m * (1 + 1 / shards)  # per parameter: the copy to reduce, and the share of the result
     tied = matrix if config.tie_word_embeddings else 0
     waiting, working = activations_in_backward(config, settings, layout, load)
-    # logits are upcast; if the model computes in less, they exist in its dtype before and after
+    # A tile's logits are upcast; if the model computes in less, their gradient is in its dtype.
     narrowest, widest = (load.predicted * n for n in (MIN_TILE_WIDTH, config.vocab_size))
     tile = min(widest, max(narrowest, LOGITS_TILE[layout.kind]))
     return {
@@ -177,7 +177,7 @@ def temporary_memory(
             "gathered weights": gathered + fetched,
             "unsharded gradients": whole + c * matrix,  # the head's
             "activations": waiting,
-            "log-prob tile": (m + (2 * c if c < m else 0)) * tile,
+            "logits": c * (widest if settings.keeps_logits else tile) + (m + c * (c < m)) * tile,
         },
         "blocks": {
             "gathered weights": gathered + fetched,
@@ -223,13 +223,11 @@ def activations_in_backward(
     """Return the bytes that wait when backward begins, and those of the block it is working on."""
     found = activations(config, load, layout.compute_bytes, layout.kind)
     saved, working = found.saved, found.backward
-    checkpointing = settings.activation_checkpointing
-    policy = settings.keep_products if checkpointing else "everything"
-    waiting = found.head + config.num_hidden_layers * saved[policy]
-    if checkpointing:
+    waiting = found.head + config.num_hidden_layers * saved[settings.kept]
+    if settings.activation_checkpointing:
         # The block at work has everything; with "all", it has its MLP's part among the saved.
         mlp = saved["all"] - saved["attention"]
-        working += saved["everything"] - mlp * (policy == "all")
+        working += saved["everything"] - mlp * (settings.kept == "all")
     return waiting, working
 
 

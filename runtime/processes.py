@@ -122,7 +122,10 @@ def make_mesh(settings: Settings, device: torch.device) -> DeviceMesh:
     if copies == 1:
         return init_device_mesh(device.type, (world,))
     names = ("replicate", "shard")
-    return init_device_mesh(device.type, (copies, world // copies), mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, (copies, world // copies), mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # which would wait for as long as their backend's default
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+    return mesh
 
 
 # --------------------------------------------------------------------------------------------------

@@ -280,9 +280,9 @@ class Settings:
     keep_products: str = option(
         "none",
         "matrix products that activation checkpointing saves nevertheless. attention spares a "
-        "quarter to a third of the recomputation; all adds those of the MLPs. For Llama 3 8B in "
-        "bf16 they take 0.66 or 2.5 GB per 1,000 tokens of --microbatch-tokens. auto: as many as "
-        "--plan says fit in 80% of the free memory",
+        "quarter to a third of the recomputation; all adds those of the MLPs and the head. For "
+        "Llama 3 8B in bf16 they take 0.66 or 2.7 GB per 1,000 tokens of --microbatch-tokens. "
+        "auto: as many as --plan says fit in 80% of the free memory",
         choices=("none", "attention", "all", "auto"),
         may_change=True,
     )
@@ -435,6 +435,16 @@ class Settings:
         if self.keep_products != "none" and not self.activation_checkpointing:
             return f"--keep-products {self.keep_products} needs --activation-checkpointing"
         return None
+
+    @property
+    def kept(self) -> str:
+        """Return what backward finds: `keep_products`, or "everything" without checkpointing."""
+        return self.keep_products if self.activation_checkpointing else "everything"
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Return True if the head's logits, like all other products, wait for backward."""
+        return self.kept in ("all", "everything")
 
 
 AUTO = "microbatch_tokens", "keep_products"  # what `runtime.plan.fit_to_memory` chooses for auto

@@ -102,9 +102,10 @@ def test_counts_by_hand():
     # keys and values: each gathered; their gradients zeroed, then rows read, added and written
     gathered = 2 * (2 * 2 * k * keys + 2 * k * t + 3 * 2 * k * keys)
     assert (layer["gather"].ops, layer["gather"].bytes) == (6, gathered)
-    head = 8 * 14 * d * TINY.vocab_size  # forward, again, and two products backward
-    assert rest["matmul"].flops == head
-    checkpointed, _ = count_ops.layer_and_rest(TINY, PAIRS, "none")
+    product = 2 * 14 * d * TINY.vocab_size  # of the head: forward, and two backward
+    assert rest["matmul"].flops == 3 * product
+    checkpointed, rest = count_ops.layer_and_rest(TINY, PAIRS, "none")
+    assert rest["matmul"].flops == 4 * product  # its logits are computed again
     again = 2 * t * (weights - d * i)  # all but down_proj
     assert checkpointed["matmul"].flops == layer["matmul"].flops + again
     assert checkpointed["attention"] == layer["attention"]
@@ -120,7 +121,7 @@ def test_the_plan_counts_what_a_trace_counts(keep):
     planned = gpus.work(config, gpus.Load.of(config, pairs), keep)
     assert planned.matmul + planned.attention == pytest.approx(step.flops)
     assert planned.bytes == pytest.approx(elementwise.bytes, rel=0.03)
-    assert planned.ops == pytest.approx(step.ops, rel=0.06)
+    assert planned.ops == pytest.approx(step.ops, rel=0.01)
     assert count_ops.total(layer).ops <= 105
 
 

@@ -278,9 +278,13 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("width, min_width", [(1, 1), (7, 1), (37, 1), (1, 7)])
-def test_tiled_logps(width, min_width, monkeypatch):
-    """Tiles of any width give log-softmax and its gradients, and never hold more than one tile."""
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("width, min_width", [(1, 1), (7, 1), (37, 1), (1, 7), (64, 1)])
+def test_tiled_logps(width, min_width, keep, monkeypatch):
+    """Tiles of any width give log-softmax and its gradients, and never hold more than one tile.
+
+    With `keep`, logits wait for backward instead of being computed twice.
+    """
     n, d, v = 50, 4, 37
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((n, d), generator=generator, requires_grad=True)
@@ -292,19 +296,41 @@ def test_tiled_logps(width, min_width, monkeypatch):
     monkeypatch.setitem(llama.LOGITS_TILE, "cpu", n * width)
     monkeypatch.setattr(llama, "MIN_TILE_WIDTH", min_width)
     monkeypatch.setattr(llama, "TILE_STEP", 1)
-    saved_shapes = []
+    saved_sizes, products = Counter(), Counter()
 
     def record(x):
-        saved_shapes.append(x.shape)
+        saved_sizes[x is not hidden and x is not weight] += x.numel()
         return x
 
+    def linear(*args, plain=llama.F.linear):
+        products["logits"] += 1
+        return plain(*args)
+
+    monkeypatch.setattr(llama.F, "linear", linear)
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda x: x)
     with Largest() as largest, hooks:
-        actual = llama.TiledLogps.apply(hidden, weight, targets)
+        actual = llama.TiledLogps.apply(hidden, weight, targets, keep)
         actual_gradients = torch.autograd.grad(actual, (hidden, weight), slopes)
     torch.testing.assert_close((actual, *actual_gradients), (expected, *expected_gradients))
-    assert largest.elements == max(n * width, n * min_width, n * d)
-    assert not any(shape[-1:] == (v,) for shape in saved_shapes)  # no logits wait for backward
+    assert largest.elements == max(n * min(width, v), n * min_width, n * d)
+    assert saved_sizes[True] == 2 * n + n * v * keep  # targets, normalisers, logits
+    assert products["logits"] == -(-v // max(width, min_width)) * (2 - keep)
+
+
+def test_logits_are_kept_for_backward_alone(tmp_path, monkeypatch):
+    """A pass without gradients, as in evaluation, keeps no logits. Gradients stay bit-equal."""
+    model = checkpoint.load(tiny.write(tmp_path, tiny.FAMILIES["nemo"]), dtype=torch.float32)
+    pairs = make_pairs([(5, [7, 9])])
+    kept, apply = [], llama.TiledLogps.apply
+    record = staticmethod(lambda *args: kept.append(args[-1]) or apply(*args))
+    monkeypatch.setattr(llama.TiledLogps, "apply", record)
+    expected = gradients(model, run(model, pairs))
+    model.keep_logits = True
+    found = gradients(model, run(model, pairs))
+    with torch.no_grad():
+        run(model, pairs)
+    assert kept == [False, True, False]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_tiled_logps_of_large_logits():

@@ -61,7 +61,8 @@ def test_log_probabilities_in_bf16_lose_no_more_than_they_must(monkeypatch):
         return [logps, *torch.autograd.grad(logps.sum(), inputs)]
 
     def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = llama.upcast(F.linear(hidden, weight))
+        logits = F.linear(hidden, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.log_softmax(-1)[range(64), targets]
 
     monkeypatch.setitem(llama.LOGITS_TILE, "cpu", 64 * 128)
@@ -74,15 +75,27 @@ def test_log_probabilities_in_bf16_lose_no_more_than_they_must(monkeypatch):
         assert error(found, expected) <= slack * error(other, expected)
 
 
-def test_master_weights_and_their_gradients_are_float32(monkeypatch):
-    """A policy that computes in bfloat16 is kept and reduced in float32, a reference is not."""
-    settings = Settings(model=str(TOY / "checkpoint"), data="x", device="cpu", dtype="bf16")
-    device = processes.start_ranks(settings)
-    mesh = processes.make_mesh(settings, device)
+def build(trainable: bool = True, **settings) -> Llama:
+    """Return the toy's model as training builds it."""
     folder = TOY / "checkpoint"
+    settings = {"model": str(folder), "data": "x", "device": "cpu", "dtype": "fp32"} | settings
+    parsed = Settings(**settings)
+    mesh = processes.make_mesh(parsed, processes.start_ranks(parsed))
     inputs = SimpleNamespace(
         config=checkpoint.read_config(folder), weights=checkpoint.Weights(folder)
     )
+    return train.build_model(inputs, mesh, parsed, trainable)
+
+
+@pytest.mark.parametrize("kept, logits", [("none", False), ("attention", False), ("all", True)])
+def test_logits_are_kept_with_all_products(kept, logits):
+    """Without checkpointing everything is kept, so the logits are, too."""
+    assert build(activation_checkpointing=True, keep_products=kept).keep_logits == logits
+    assert build(activation_checkpointing=False).keep_logits
+
+
+def test_master_weights_and_their_gradients_are_float32(monkeypatch):
+    """A policy that computes in bfloat16 is kept and reduced in float32, a reference is not."""
     policies = []
 
     class Recorded(train.MixedPrecisionPolicy):
@@ -91,7 +104,7 @@ def test_master_weights_and_their_gradients_are_float32(monkeypatch):
             policies.append(self)
 
     monkeypatch.setattr(train, "MixedPrecisionPolicy", Recorded)
-    policy, frozen = (train.build_model(inputs, mesh, settings, t) for t in (True, False))
+    policy, frozen = (build(trainable, dtype="bf16") for trainable in (True, False))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert {p.param_dtype for p in policies} == {torch.bfloat16}

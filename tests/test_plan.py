@@ -94,7 +94,8 @@ def test_offload_moves_what_persists_to_the_host(tmp_path):
 def test_kept_products_are_counted(tmp_path):
     """Of Llama 3 8B in bf16.
 
-    q, k, v and o have 4096 + 2 · 1024 + 4096 features a token, gate and up 2 · 14336.
+    q, k, v and o have 4096 + 2 · 1024 + 4096 features a token, gate and up 2 · 14336, the head
+    128256 for each predicted token.
     """
     flags = [LLAMA3_8B, "--gpus=8"]
     plans = {
@@ -106,6 +107,10 @@ def test_kept_products_are_counted(tmp_path):
     }
     assert waiting["attention"] - waiting["none"] == pytest.approx(32 * 2 * 10240)
     assert waiting["all"] - waiting["attention"] == pytest.approx(32 * 2 * 28672)
+    logits = {policy: p.phases["log-probs"]["logits"] for policy, p in plans.items()}
+    tile, everything = 2**25, plans["all"].load.predicted * 128256
+    assert logits["none"] == logits["attention"] == (2 + 4 + 2) * tile
+    assert logits["all"] == 2 * everything + (4 + 2) * tile
     working = {
         policy: p.phases["blocks"]["activations"] / p.load.tokens - waiting[policy]
         for policy, p in plans.items()
@@ -141,7 +146,7 @@ def test_70b_on_64_gpus(tmp_path):
     assert items["gathered weights"] == 2 * root + 2 * 2 * block
     assert items["unsharded gradients"] == 2 * head + 2 * block + 4 * block * (1 + 1 / 64)
     assert items is p.phases["blocks"]
-    assert p.phases["log-probs"]["log-prob tile"] == (4 + 2 * 2) * 2**25
+    assert p.phases["log-probs"]["logits"] == (4 + 2 * 2) * 2**25
     assert p.load.tokens == 4000 and p.microbatches == 2
     # 80 blocks' inputs and attention, 32 KiB a token, its normaliser; one block's 16 D + 4 A + 8 I
     # bytes, its keys and values, gradients: 0.5 MiB
