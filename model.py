@@ -247,7 +247,7 @@ class TiledLogps(torch.autograd.Function):
 
     Logits exist for one tile of vocabulary entries at a time, for all N rows. Forward keeps,
     beyond its inputs, the log-sum-exp of each row; with it, backward recomputes a tile's
-    probabilities. Where memory allows, `keep` spares it the matmul. Each vocabulary row belongs to
+    probabilities. (`keep` keeps the logits and spares their matmul.) Each vocabulary row belongs to
     one tile, so its gradient is written once, as one product over all N positions.
     """
 

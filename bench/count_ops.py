@@ -170,10 +170,11 @@ def pretended_gpu(count: Count) -> Iterator[None]:
         yield
 
 
-def costs_of(config: Config, pairs: list[Pair], keep: str) -> Costs:
+def costs_of(config: Config, pairs: list[Pair], keep: str | None) -> Costs:
     """Return the cost of forward and backward of a micro-batch, by kind.
 
-    keep: "none", "attention" or "all", as --keep-products; "everything": no checkpointing.
+    keep: "none", "attention" or "all", as --keep-products; "everything": no checkpointing; None:
+        forward alone, without gradients.
     """
     visible = 0.0
     for pair in pairs:
@@ -184,16 +185,19 @@ def costs_of(config: Config, pairs: list[Pair], keep: str) -> Costs:
     model.keep_logits = keep in ("all", "everything")
     for block in model.model.layers:
         block.checkpoint_activations = keep != "everything"
-        block.save_matmuls(keep if keep != "everything" else "none")
+        block.save_matmuls(keep if keep in ("attention", "all") else "none")
     packed: dict = pack(pairs)
-    with pretended_gpu(count := Count(config, visible)), count:
+    grad = torch.set_grad_enabled(keep is not None)
+    with pretended_gpu(count := Count(config, visible)), count, grad:
         for name in packed.keys() - {"cu_q", "cu_k"}:
             packed[name] = llama.to_device(packed[name], torch.device("meta"))
-        model(**packed).sum().backward()
+        logps = model(**packed)
+        if keep is not None:
+            logps.sum().backward()
     return count.costs
 
 
-def layer_and_rest(config: Config, pairs: list[Pair], keep: str) -> tuple[Costs, Costs]:
+def layer_and_rest(config: Config, pairs: list[Pair], keep: str | None) -> tuple[Costs, Costs]:
     """Return the cost of one layer and of what surrounds the layers, by kind."""
     rest, with_one = (costs_of(replace(config, num_hidden_layers=n), pairs, keep) for n in (0, 1))
     layer = {k: cost.plus(rest.get(k, Cost()).times(-1)) for k, cost in with_one.items()}

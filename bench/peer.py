@@ -8,10 +8,14 @@ id, so that both sides see the same tokens, cut in the same places.
 
 import argparse
 import json
-import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runtime.processes import peak_resident
 
 
 class Unavailable(Exception):
@@ -181,9 +185,7 @@ def timed_run(job: dict) -> dict:
     if job["padding_free"] and not trainer.padding_free:
         raise Unavailable("this TRL accepts padding_free but falls back to padding, as it warns")
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
     first = trainer.state.log_history[0]
     logps = [first["logps/chosen"], first["logps/rejected"]]
     return {

@@ -10,7 +10,6 @@ JSON.
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from data import Pair, pack
 from formats.checkpoint import compute_device, load
 from model import Attention, Llama, PackedAttention, to_device
+from runtime.processes import peak_resident
 from simpo import simpo_loss
 from train import response_logps
 
@@ -128,9 +128,7 @@ def run(variant: str, job: dict) -> dict:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         model.zero_grad()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_resident()
     return {"seconds": seconds, "loss": losses[0], "peak_gib": peak / 2**30}
 
 

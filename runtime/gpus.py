@@ -225,7 +225,7 @@ def work(config: Config, load: Load, policy: str | None) -> Work:
     forward = again + t * 6 * d
     if policy is None:
         matmul = 2 * (layers * weights * t + logits * d)
-        return Work(matmul, 4 * product, layers * forward + 22 * logits, ops=0)
+        return Work(matmul, 4 * product, layers * forward + 20 * logits, ops=0)
     backward = t * (12 * d + 44 * turned + 18 * i + 30 * d + 2 * kv) + 6 * kv * load.keys
     remade = {"none": d * (2 * a + kv + 2 * i), "attention": 2 * d * i}.get(policy, 0)
     checkpointed, head = policy != "everything", 3 if policy in ("all", "everything") else 4

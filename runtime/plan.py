@@ -169,7 +169,8 @@ def temporary_memory(
     reduced = m * (1 + 1 / shards)  # per parameter: the copy to reduce, and the share of the result
     tied = matrix if config.tie_word_embeddings else 0
     waiting, working = activations_in_backward(config, settings, layout, load)
-    # A tile's logits are upcast; if the model computes in less, their gradient is in its dtype.
+    # A tile's logits, its probabilities and those of the tile before, upcast, and, where the model
+    # computes in less, their gradient.
     narrowest, widest = (load.predicted * n for n in (MIN_TILE_WIDTH, config.vocab_size))
     tile = min(widest, max(narrowest, LOGITS_TILE[layout.kind]))
     return {
@@ -177,7 +178,8 @@ def temporary_memory(
             "gathered weights": gathered + fetched,
             "unsharded gradients": whole + c * matrix,  # the head's
             "activations": waiting,
-            "logits": c * (widest if settings.keeps_logits else tile) + (m + c * (c < m)) * tile,
+            "logits": c * (widest if settings.keeps_logits else tile)
+            + (2 * m + c * (c < m)) * tile,
         },
         "blocks": {
             "gathered weights": gathered + fetched,

@@ -274,7 +274,7 @@ class Settings:
     activation_checkpointing: bool = option(
         True,
         "save only the input and the attention output of each block for backward and recompute the "
-        "rest: less memory, a quarter more work",
+        "rest, logits included: less memory, a quarter more work",
         may_change=True,
     )
     keep_products: str = option(

@@ -309,6 +309,17 @@ def test_the_group_of_one_gpu(monkeypatch, offload):
     assert joined["timeout"].total_seconds() == 1800
 
 
+def test_groups_of_copies_are_as_patient(monkeypatch):
+    """A group within a mesh would have its backend's own timeout, NCCL's 10 minutes."""
+    mesh, set_to = SimpleNamespace(get_all_groups=lambda: ["rows", "columns"]), {}
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(processes, "init_device_mesh", lambda *_, **__: mesh)
+    record = lambda timeout, group: set_to.update({group: timeout})  # noqa: E731
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", record)
+    assert processes.make_mesh(Settings(replicate=2), torch.device("cuda")) is mesh
+    assert set_to == {"rows": processes.TIMEOUT, "columns": processes.TIMEOUT}
+
+
 @pytest.mark.parametrize("ranks, gpus", [(2, 1), (8, 4), (1, 0)])
 def test_more_ranks_than_gpus(monkeypatch, ranks, gpus):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))

@@ -281,7 +281,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("width, min_width", [(1, 1), (7, 1), (37, 1), (1, 7), (64, 1)])
 def test_tiled_logps(width, min_width, keep, monkeypatch):
-    """Tiles of any width give log-softmax and its gradients, and never hold more than one tile.
+    """Tiles of any width give log-softmax and its gradients, from tensors no larger than a tile.
 
     With `keep`, logits wait for backward instead of being computed twice.
     """

@@ -49,7 +49,8 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return (found.double() - exact).pow(2).mean().sqrt().item()
 
 
-def test_log_probabilities_in_bf16_lose_no_more_than_they_must(monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+def test_log_probabilities_in_bf16_lose_no_more_than_they_must(keep, monkeypatch):
     """Many tiles are as near float64 as one bfloat16 product with its logits upcast."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (64, 4096))
@@ -69,7 +70,7 @@ def test_log_probabilities_in_bf16_lose_no_more_than_they_must(monkeypatch):
     monkeypatch.setattr(llama, "MIN_TILE_WIDTH", 128)
     exact = results(plain, torch.float64)
     naive = results(plain, torch.bfloat16)
-    ours = results(lambda h, w: TiledLogps.apply(h, w, targets), torch.bfloat16)
+    ours = results(lambda h, w: TiledLogps.apply(h, w, targets, keep), torch.bfloat16)
     assert ours[0].dtype == torch.float32
     for found, other, expected, slack in zip(ours, naive, exact, (1.001, 1.1, 1.1), strict=True):
         assert error(found, expected) <= slack * error(other, expected)
@@ -87,11 +88,17 @@ def build(trainable: bool = True, **settings) -> Llama:
     return train.build_model(inputs, mesh, parsed, trainable)
 
 
-@pytest.mark.parametrize("kept, logits", [("none", False), ("attention", False), ("all", True)])
-def test_logits_are_kept_with_all_products(kept, logits):
-    """Without checkpointing everything is kept, so the logits are, too."""
-    assert build(activation_checkpointing=True, keep_products=kept).keep_logits == logits
-    assert build(activation_checkpointing=False).keep_logits
+@pytest.mark.parametrize(
+    "flags, logits",
+    [
+        ({"activation_checkpointing": True, "keep_products": "none"}, False),
+        ({"activation_checkpointing": True, "keep_products": "attention"}, False),
+        ({"activation_checkpointing": True, "keep_products": "all"}, True),
+        ({"activation_checkpointing": False}, True),
+    ],
+)
+def test_logits_are_kept_with_all_products(flags, logits):
+    assert build(**flags).keep_logits == logits
 
 
 def test_master_weights_and_their_gradients_are_float32(monkeypatch):

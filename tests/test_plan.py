@@ -9,8 +9,11 @@ import numpy as np
 import plan_check
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import model as llama
 import train
 import workload
 from formats.checkpoint import read_config
@@ -68,6 +71,43 @@ def test_activations_are_what_autograd_keeps(dtype):
     assert counted == pytest.approx(found, rel=0.01)
 
 
+class Live(TorchDispatchMode):
+    """Records the most bytes that the results of operations hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.sizes[StorageWeakRef(out.untyped_storage())] = out.untyped_storage().nbytes()
+        self.sizes = {ref: size for ref, size in self.sizes.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("kept", ["none", "all"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_logits_are_what_backward_holds(dtype, kept, monkeypatch):
+    """Of eight tiles, to 3 %; hidden states and weights are narrow."""
+    n, v = 1024, 8 * plan.MIN_TILE_WIDTH
+    monkeypatch.setitem(llama.LOGITS_TILE, "cpu", v * n // 8)
+    config, load = Config(v, 2, 4, 1, 1, 1, 2), plan.Load(n, n, n)
+    settings = read_settings(
+        ["--model=m", "--data=d", f"--dtype={dtype}", f"--keep-products={kept}"]
+    )
+    layout = plan.Layout.of(config, settings, plan.Machine("cpu", "", 1, GIB, None))
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    hidden, weight = (torch.randn(k, 2, dtype=compute, requires_grad=True) for k in (n, v))
+    targets = torch.randint(v, (n,))
+    with Live() as live:
+        llama.TiledLogps.apply(hidden, weight, targets, kept == "all").sum().backward()
+    counted = plan.temporary_memory(config, settings, layout, load)["log-probs"]["logits"]
+    assert live.peak == pytest.approx(counted, rel=0.03)
+
+
 def test_8b(tmp_path):
     """8,030,261,248 parameters of 16 bytes: too much for a GPU of 80 GiB, easy for eight."""
     alone = planned(tmp_path, LLAMA3_8B, "--gpus=1", "--gpu-memory=80")
@@ -109,8 +149,8 @@ def test_kept_products_are_counted(tmp_path):
     assert waiting["all"] - waiting["attention"] == pytest.approx(32 * 2 * 28672)
     logits = {policy: p.phases["log-probs"]["logits"] for policy, p in plans.items()}
     tile, everything = 2**25, plans["all"].load.predicted * 128256
-    assert logits["none"] == logits["attention"] == (2 + 4 + 2) * tile
-    assert logits["all"] == 2 * everything + (4 + 2) * tile
+    assert logits["none"] == logits["attention"] == (2 + 2 * 4 + 2) * tile
+    assert logits["all"] == 2 * everything + (2 * 4 + 2) * tile
     working = {
         policy: p.phases["blocks"]["activations"] / p.load.tokens - waiting[policy]
         for policy, p in plans.items()
@@ -146,7 +186,7 @@ def test_70b_on_64_gpus(tmp_path):
     assert items["gathered weights"] == 2 * root + 2 * 2 * block
     assert items["unsharded gradients"] == 2 * head + 2 * block + 4 * block * (1 + 1 / 64)
     assert items is p.phases["blocks"]
-    assert p.phases["log-probs"]["logits"] == (4 + 2 * 2) * 2**25
+    assert p.phases["log-probs"]["logits"] == (2 * 4 + 2 * 2) * 2**25
     assert p.load.tokens == 4000 and p.microbatches == 2
     # 80 blocks' inputs and attention, 32 KiB a token, its normaliser; one block's 16 D + 4 A + 8 I
     # bytes, its keys and values, gradients: 0.5 MiB
