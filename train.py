@@ -250,7 +250,6 @@ def freeze_reference(inputs: Inputs, mesh: DeviceMesh, settings: Settings) -> Re
 def sync_gradients(model: Llama, settings: Settings, last: bool) -> None:
     """Tell FSDP what may wait for the last micro-batch of a step."""
     model.set_requires_all_reduce(last)  # the copies of --replicate meet once per step
-    model.set_is_last_backward(last)
     if settings.gather_once:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)

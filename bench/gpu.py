@@ -312,7 +312,7 @@ def tests_part(bench: Bench) -> None:
         script.write_text("import pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))\n")
         if not torch.cuda.device_count():
             raise Skipped("no GPU")
-        said = bench.run(script, "-q", "-x", str(ROOT / "tests" / "test_gpu.py"))
+        said = bench.run(script, "-q", str(ROOT / "tests" / "test_gpu.py"))
         return {"said": said.splitlines()[-1]}
 
     bench.measure("tests/test_gpu.py", tests)

@@ -188,6 +188,7 @@ EFFICIENCY = {"matmul": 0.65, "attention": 0.35, "bytes": 0.75, "link": 0.7, "bu
 # Seconds of a CPU per operation, measured on a 2-core EPYC with tensors too small to count: alone,
 # and under activation checkpointing, which asks about every operation twice, in Python
 LAUNCH, LAUNCH_CHECKPOINTED = 10e-6, 27e-6
+LAUNCH_ADAMW = 60e-6  # per sharded tensor, measured there; the GPU has just been waited for
 HOST_ADAMW = 20e9  # bytes a second of the fused AdamW on one thread; measured there: 30e9
 
 
@@ -263,6 +264,9 @@ def step_times(
         copied += whole * 3 * m * (reductions - 1)
     memory = gpu.bandwidth * 1e12 * EFFICIENCY["bytes"]
     state = 10 * m * whole / layout.shards  # bytes that clipping and AdamW read and write
+    if layout.offload and settings.replicate == 1:  # FSDP adds up gradients on the host, and waits
+        state += 3 * m * (reductions - 1) * whole / layout.shards
+    tensors = 9 * config.num_hidden_layers + 3 - config.tie_word_embeddings
     launch = LAUNCH_CHECKPOINTED if settings.activation_checkpointing else LAUNCH
     crossing = layout.offload * m * (gathers + reductions) * whole / layout.shards
     return {
@@ -271,7 +275,7 @@ def step_times(
         "launches": rounds * training.ops * launch,
         "links": sent * (c * gathers + m * reductions) / (gpu.link * 1e9 * EFFICIENCY["link"]),
         "host bus": crossing / (gpu.bus * 1e9 * EFFICIENCY["bus"]),
-        "optimizer": state / (HOST_ADAMW if layout.offload else memory),
+        "optimizer": state / (HOST_ADAMW if layout.offload else memory) + tensors * LAUNCH_ADAMW,
     }
 
 

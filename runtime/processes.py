@@ -100,6 +100,8 @@ def use_flash(version: int, device: torch.device) -> None:
         able = " or ".join(map(str, FLASH_RUNS_ON[version]))
         gpu = torch.cuda.get_device_name(device)
         raise DataError(f"{flag}: needs compute capability {able}, and {gpu} has {major}")
+    elif version == 4 and torch.__version__ < "2.13":  # hands on a window of -1, which FA4 refuses
+        raise DataError(f"{flag}: needs torch 2.13, and this is {torch.__version__}")
     elif attention.current_flash_attention_impl() != name:
         try:
             attention.activate_flash_attention_impl(name)

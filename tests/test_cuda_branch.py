@@ -17,6 +17,7 @@ import test_model
 import test_train
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 import model as llama
 import sample
@@ -105,6 +106,7 @@ def test_old_gpus_take_the_other_way(monkeypatch, capability, able):
         (3, "cuda", 8, "needs compute capability 9, and a GPU has 8"),
         (3, "cuda", 10, "needs compute capability 9, and a GPU has 10"),
         (4, "cuda", 12, "needs compute capability 9 or 10, and a GPU has 12"),
+        (4, "cuda", 10, "needs torch 2.13, and this is 2.11"),
         (3, "cuda", 9, "not usable here: ModuleNotFoundError: .*flash_attn_interface"),
         (4, "cuda", 10, "not usable here: ModuleNotFoundError: .*flash_attn"),
         (4, "cuda", 9, "not usable here: RuntimeError: Module 'broken' does not expose"),
@@ -114,6 +116,9 @@ def test_a_flash_attention_that_is_not_here(monkeypatch, version, device, capabi
     """Wrong device, wrong GPU, no package, or a package that is half built: one line."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(
+        torch, "__version__", TorchVersion("2.11" if "torch" in complaint else "2.13")
+    )
     for package in ("flash_attn", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
     if "broken" in complaint:
@@ -134,6 +139,7 @@ def test_flash_attention_of_another_version(monkeypatch):
     monkeypatch.setattr(state, "activate_flash_attention_impl", calls.append)
     monkeypatch.setattr(state, "restore_flash_attention_impl", lambda: calls.append("FA2"))
     monkeypatch.setattr(state, "current_flash_attention_impl", lambda: calls[-1] if calls else None)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13"))
     for version in (2, 3, 3, 4, 2):
         processes.use_flash(version, torch.device("cuda"))
     assert calls == ["FA3", "FA4", "FA2"]

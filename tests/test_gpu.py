@@ -1,5 +1,8 @@
 """Checks that need a GPU. Ordinary tests hide GPUs, so these run alone: pytest tests/test_gpu.py"""
 
+import os
+import shutil
+
 import pytest
 import test_model
 import test_train
@@ -40,6 +43,10 @@ def test_attention_without_the_kernel(dtype):
     ids=str,
 )
 def test_losses_are_those_of_a_cpu(monkeypatch, tmp_path, flags):
+    if "compile" in flags and not (
+        shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
+    ):
+        pytest.skip("torch.compile needs a C compiler")
     common = test_train.few_pairs(tmp_path) | {"microbatch_tokens": 200}
     objective = {key: flags[key] for key in ("objective", "reference") if key in flags}
     cpu = common | objective | {"device": "cpu"}

@@ -127,7 +127,7 @@ def test_gather_once_communicates_once(gather_once):
         def __getattr__(self, name: str):
             return lambda value: calls.update({name: value})
 
-    postponed = {"set_requires_all_reduce", "set_is_last_backward"}
+    postponed = {"set_requires_all_reduce"}  # and no other: the buffers of a reduction are freed
     if gather_once:
         postponed |= {"set_requires_gradient_sync", "set_reshard_after_backward"}
     for last in (False, True):

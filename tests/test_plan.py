@@ -275,13 +275,24 @@ def test_time_is_modelled_unless_mfu_is_given(tmp_path):
 
 
 def test_offload_has_its_price(tmp_path):
-    """On the bus, two gathers of float32 shards and a gradient per micro-batch; a slower AdamW."""
+    """On the bus, two gathers of float32 shards and a gradient per micro-batch; a slower AdamW.
+
+    From the second micro-batch on, gradients of other ones are there, and the host adds them up.
+    With --gather-once there is one gradient, and with --replicate one that leaves the GPU.
+    """
     here = planned(tmp_path, LLAMA3_8B, "--gpus=8")
     offloaded = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--offload")
     crossing = here.microbatches * 3 * 4 * here.parameters / 8
     assert here.times["host bus"] == 0
     assert offloaded.times["host bus"] == pytest.approx(crossing / (64e9 * 0.8))
-    assert offloaded.times["optimizer"] > 50 * here.times["optimizer"]
+    host = here.parameters / 8 / 20e9  # seconds for a byte of every parameter
+    tensors = (32 * 9 + 3) * 60e-6
+    assert here.microbatches == 2
+    assert offloaded.times["optimizer"] == pytest.approx((40 + 12) * host + tensors)
+    once = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--offload", "--gather-once")
+    assert once.times["optimizer"] == pytest.approx(40 * host + tensors)
+    copies = planned(tmp_path, LLAMA3_8B, "--gpus=8", "--offload", "--replicate=2")
+    assert copies.times["optimizer"] == pytest.approx(40 * 2 * host + tensors)
 
 
 @pytest.mark.parametrize(
