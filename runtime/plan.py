@@ -533,11 +533,15 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
 def fullest_microbatch(
     config: Config, settings: Settings, machine: Machine, steps: list[list[Pair]], least: Load
 ) -> tuple[Load, int]:
-    """Return the fullest micro-batch, at least `least`, and the most that a GPU has in a step."""
+    """Return the fullest micro-batch, at least `least`, and the most that a GPU has in a step.
+
+    It has the most of each that any has: of tokens, and of predicted tokens, which take logits.
+    """
     budget, cost = settings.microbatch_tokens, partial(train_flops, config)
     rounds = [micro_batches(step, machine.gpus, budget, cost) for step in steps]
     loads = [Load.of(config, share) for step in rounds for share in itertools.chain(*step)]
-    return max([*loads, least], key=lambda load: load.tokens), max(map(len, rounds))
+    counts = zip(*(vars(load).values() for load in [*loads, least]))
+    return Load(*map(max, counts)), max(map(len, rounds))
 
 
 def memory_savers(

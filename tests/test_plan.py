@@ -217,6 +217,18 @@ def test_the_largest_microbatch_holds_a_whole_step(tmp_path):
     assert less.microbatches == 2
 
 
+def test_the_fullest_microbatch_has_the_most_logits_too():
+    """A long prompt makes one of 100 tokens, long responses one that predicts 80."""
+    lengths = [(90, 5, 5), (2, 40, 40)]
+    pairs = [
+        data.Pair(np.zeros(p, int), (np.zeros(c, int), np.zeros(r, int))) for p, c, r in lengths
+    ]
+    settings = read_settings(["--model=m", "--data=d", "--microbatch-tokens=100"])
+    config, machine = Config(9, 2, 4, 1, 1, 1, 2), plan.Machine("cuda", "", 1, GIB, None)
+    load, rounds = plan.fullest_microbatch(config, settings, machine, [pairs], plan.Load(0, 0, 0))
+    assert (load.tokens, load.predicted, rounds) == (100, 80, 2)
+
+
 def test_largest_microbatch_fits_and_no_larger_one(tmp_path):
     tmp_path.joinpath("config.json").write_text(json.dumps(LLAMA3_8B))
     config = read_config(tmp_path)
