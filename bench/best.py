@@ -1,10 +1,11 @@
 """Find a trainer's fastest settings within a memory limit, with the fewest runs that settle it.
 
 Every setting is an axis: its values in the order of the memory that they take. The search climbs
-from a starting point, one axis at a time, as long as a step makes the run faster. Where a step
-takes too much memory, it is tried again with less on another axis. No settings run twice, and none
-run that hold at least as much as others that did not fit. A run is stopped as soon as it is clearly
-behind the fastest one so far, or holds more than the limit.
+from a starting point, one axis at a time, as long as a step makes the run faster, or the next one
+does where a step changes little. Where a step takes too much memory, it is tried again with less on
+another axis. No settings run twice, and none run that hold at least as much as others that did not
+fit. A run is stopped as soon as it is clearly behind the fastest one so far, or holds more than the
+limit.
 
 `bench/compare.py --best` uses it.
 """
@@ -97,7 +98,10 @@ class Search:
         return best
 
     def faster(self, best: Point, axis: int, way: int, most_gib: float) -> Point | None:
-        """Return a point that is faster than `best`, one step along an axis; None if none is."""
+        """Return a point that is faster than `best`, a step or two along an axis; None if none is.
+
+        The second step is taken if the first, run to its end, is about as fast.
+        """
         if not 0 <= best[axis] + way < len(self.axes[axis]):
             return None
         options = [self.moved(best, axis, way)]
@@ -109,6 +113,9 @@ class Search:
             if self.fits(point, best, most_gib):
                 if self.runs[point].get("pairs", 0) > FASTER * speed:
                     return point
+                if "pairs" in self.runs[point] and point == self.moved(best, axis, way):
+                    if 0 <= point[axis] + way < len(self.axes[axis]):
+                        options.append(self.moved(point, axis, way))
         return None
 
     def fits(self, point: Point, best: Point | None, most_gib: float) -> bool:

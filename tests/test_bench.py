@@ -297,8 +297,16 @@ def test_a_side_that_does_not_run_is_no_best():
 
 
 def test_noise_is_no_reason_to_take_more_memory():
-    found = search({"A": 1.0, "B": 1.01, "C": 1.5}, "ABC")
+    found = search({"A": 1.0, "B": 1.01, "C": 1.015, "D": 1.5}, "ABCD")
     assert found.fastest((0,), 9) == (0,)
+    assert (3,) not in found.runs
+
+
+def test_a_step_that_changes_little_hides_no_better_one():
+    found = search({"A": 1.0, "B": 1.01, "C": 1.5}, "ABC")
+    assert found.fastest((0,), 1) == (0,)
+    assert found.fastest((0,), 9) == (2,)
+    assert search({"A": 1.0, "C": 1.5}, "ABC").fastest((0,), 9) == (0,)  # B is clearly slower
 
 
 @pytest.mark.parametrize(
