@@ -68,5 +68,6 @@ def test_commands(command, damage, named, tmp_path):
         timeout=120,
     )
     assert done.returncode == 1 and not out.exists()
-    [line] = done.stderr.splitlines()
+    *progress, line = done.stderr.splitlines()  # a slow machine says that it is still reading
+    assert "error" not in "".join(progress) and "Traceback" not in done.stderr
     assert line.startswith(f"{command}: error: {folder}") and named in line
