@@ -102,20 +102,20 @@ class Search:
 
         The second step is taken if the first, run to its end, is about as fast.
         """
-        if not 0 <= best[axis] + way < len(self.axes[axis]):
+        steps = [self.moved(best, axis, n * way) for n in (1, 2)]
+        options = [point for point in steps if 0 <= point[axis] < len(self.axes[axis])]
+        if not options:
             return None
-        options = [self.moved(best, axis, way)]
         if not self.fits(options[0], best, most_gib):
             others = [i for i in range(len(best)) if i != axis and best[i]]
             options = [self.moved(options[0], other, -1) for other in others]
+        elif "pairs" not in self.runs[options[0]]:
+            return None
         speed = self.runs[best]["pairs"]
         for point in options:
             if self.fits(point, best, most_gib):
                 if self.runs[point].get("pairs", 0) > FASTER * speed:
                     return point
-                if "pairs" in self.runs[point] and point == self.moved(best, axis, way):
-                    if 0 <= point[axis] + way < len(self.axes[axis]):
-                        options.append(self.moved(point, axis, way))
         return None
 
     def fits(self, point: Point, best: Point | None, most_gib: float) -> bool:

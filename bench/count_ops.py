@@ -41,7 +41,7 @@ import model as llama  # noqa: E402
 from data import Pair, pack  # noqa: E402
 from model import Config, Llama  # noqa: E402
 from runtime.gpus import EFFICIENCY, Gpu, Load, Machine, find_gpu, step_times  # noqa: E402
-from runtime.settings import read_settings  # noqa: E402
+from runtime.settings import KEEP_LOGITS, read_settings  # noqa: E402
 
 LLAMA3_8B = Config(128256, 4096, 14336, 32, 32, 8, 128)
 PAIRS = [Pair(np.zeros(121, int), (np.zeros(288, int),) * 2)] * 8  # UltraFeedback's median
@@ -182,7 +182,7 @@ def costs_of(config: Config, pairs: list[Pair], keep: str | None) -> Costs:
         visible += p * (p + 1) / 2 + sum(r * (p + (r + 1) / 2) for r in responses)
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16)
-    model.keep_logits = keep in ("all", "everything")
+    model.keep_logits = keep in KEEP_LOGITS
     for block in model.model.layers:
         block.checkpoint_activations = keep != "everything"
         block.save_matmuls(keep if keep in ("attention", "all") else "none")
@@ -264,15 +264,16 @@ def main() -> None:
             sys.exit(f"--gpu {flags.gpu}: no data sheet is known by that name")
         return print("\n".join(roofline(gpu, flags.keep)))
     tokens = sum(pair.tokens for pair in PAIRS)
+    rests = {}
     for keep in POLICIES:
-        layer, _ = layer_and_rest(LLAMA3_8B, PAIRS, keep)
+        layer, rests[keep] = layer_and_rest(LLAMA3_8B, PAIRS, keep)
         print(
             f"one layer, {tokens:,} tokens, kept: {keep}\n  kind           ops     TFLOP        GB"
         )
         print("\n".join(count_lines(layer)))
     for keep, logits in (("none", "computed twice"), ("all", "kept")):
         print(f"embedding, last norm, head; logits {logits}")
-        print("\n".join(count_lines(layer_and_rest(LLAMA3_8B, PAIRS, keep)[1])))
+        print("\n".join(count_lines(rests[keep])))
 
 
 if __name__ == "__main__":

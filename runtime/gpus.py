@@ -13,7 +13,7 @@ import torch
 from data import Pair
 from methods.objectives import OBJECTIVES
 from model import LOGITS_TILE, Config, Llama, visible
-from runtime.settings import Settings
+from runtime.settings import KEEP_LOGITS, Settings
 
 Items = dict[str, float]  # item: bytes on one GPU, or seconds
 
@@ -229,7 +229,7 @@ def work(config: Config, load: Load, policy: str | None) -> Work:
         return Work(matmul, 4 * product, layers * forward + 20 * logits, ops=0)
     backward = t * (12 * d + 44 * turned + 18 * i + 30 * d + 2 * kv) + 6 * kv * load.keys
     remade = {"none": d * (2 * a + kv + 2 * i), "attention": 2 * d * i}.get(policy, 0)
-    checkpointed, head = policy != "everything", 3 if policy in ("all", "everything") else 4
+    checkpointed, head = policy != "everything", 3 if policy in KEEP_LOGITS else 4
     return Work(
         matmul=2 * (layers * (3 * weights + remade) * t + head * logits * d),
         attention=14 * product,

@@ -444,9 +444,10 @@ class Settings:
     @property
     def keeps_logits(self) -> bool:
         """Return True if the head's logits, like all other products, wait for backward."""
-        return self.kept in ("all", "everything")
+        return self.kept in KEEP_LOGITS
 
 
+KEEP_LOGITS = "all", "everything"  # values of `Settings.kept`
 AUTO = "microbatch_tokens", "keep_products"  # what `runtime.plan.fit_to_memory` chooses for auto
 
 

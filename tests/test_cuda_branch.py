@@ -320,7 +320,10 @@ def test_groups_of_copies_are_as_patient(monkeypatch):
     mesh, set_to = SimpleNamespace(get_all_groups=lambda: ["rows", "columns"]), {}
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(processes, "init_device_mesh", lambda *_, **__: mesh)
-    record = lambda timeout, group: set_to.update({group: timeout})  # noqa: E731
+
+    def record(timeout, group) -> None:
+        set_to[group] = timeout
+
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", record)
     assert processes.make_mesh(Settings(replicate=2), torch.device("cuda")) is mesh
     assert set_to == {"rows": processes.TIMEOUT, "columns": processes.TIMEOUT}
