@@ -46,9 +46,6 @@ from runtime.processes import out_of_memory
 from runtime.sample_flags import TOY, USAGE, Flags
 from runtime.settings import parse_table
 
-# A step attends to a multiple of so many positions: cuDNN plans its kernel anew for every length.
-KEY_UNIT = {"cuda": 128, "cpu": 1}
-
 
 class KVCache:
     """Stores keys and values of the sequences being decoded, one row per sequence.
@@ -83,11 +80,11 @@ class KVCache:
 
     def step(self, positions: list[int]) -> Attend:
         """Return attention from a new token in each row, at `positions`, to the whole row."""
-        device, count, capacity = self.k.device, len(positions), self.k.shape[3]
+        device, count = self.k.device, len(positions)
         # A CPU takes a few rows at a time, up to their own longest; a GPU prefers a single launch.
-        size, unit = (8 if device.type == "cpu" else count), KEY_UNIT[device.type]
+        size = 8 if device.type == "cpu" else count
         ranges = [(i, min(i + size, count)) for i in range(0, count, size)]
-        ends = [min(max(positions[i:j]) // unit * unit + unit, capacity) for i, j in ranges]
+        ends = [max(positions[i:j]) + 1 for i, j in ranges]
         blocks = [(slice(i, j), slice(end)) for (i, j), end in zip(ranges, ends)]
         longest = max(ends)
         rows, newest = torch.arange(count, device=device), torch.tensor(positions, device=device)
@@ -149,6 +146,7 @@ def decode(
     Raises:
         DataError: a prompt fills all positions of the model.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each number of rows or keys
     context, longest = model.config.max_position_embeddings, max(map(len, prompts))
     if longest >= context:
         raise DataError(f"a prompt of {longest} tokens leaves no room in {context} positions")

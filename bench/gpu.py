@@ -21,6 +21,7 @@ go on.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -53,7 +54,7 @@ import workload
 from formats.checkpoint import load
 from formats.tokenizer import Tokenizer
 from runtime.plan import GIB, make_plan
-from runtime.settings import read_command
+from runtime.settings import auto_dtype, read_command
 
 LIMIT = 8 * 60  # seconds of a part
 TINY = workload.MODELS["llama3.2-1b"] | {
@@ -82,6 +83,7 @@ SWITCHES = [
     ["--microbatch-tokens=16384"],
     FITTED,
     ["--gather-once"],
+    ["--offload"],
     ["--flash=3"],
     ["--flash=4"],
 ]
@@ -199,18 +201,20 @@ def fork(script: Path, arguments: tuple[str, ...], log: Path, **environment: str
 
 
 def wait(pid: int, seconds: float) -> int:
-    """Return a child's exit status, negative for a signal; kill it and its own after `seconds`."""
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    for end in (os.killpg, os.kill):  # torchrun's workers have sessions of their own and follow it
-        try:
-            end(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    """Return a child's exit status, negative for a signal; end it and its own after `seconds`.
+
+    torchrun's workers have sessions of their own. Told to end, it kills them after 30 seconds.
+    """
+    for patience, number in ((seconds, signal.SIGTERM), (35, signal.SIGKILL)):
+        deadline = time.time() + patience
+        while time.time() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        for end in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                end(pid, number)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -248,17 +252,14 @@ def planned(*flags: str) -> dict:
 def decode(folder: str, tokens: int, transformers: bool) -> dict:
     """Return seconds per token of 16 sequences: the first time, and again; see `decoding_part`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # as sample.py has it
+    dtype = torch.bfloat16 if auto_dtype(device) == "bf16" else torch.float32
     model = load(Path(folder) / "model", device, dtype)
     prompts = [[5 + i] * (7 + 3 * i) for i in range(16)]
     found = {}
-    for name, unit, cudnn in (
-        ("as it is", sample.KEY_UNIT[device], True),
-        ("every length", 1, True),
-        ("every length, without cuDNN", 1, False),
-    ):
-        sample.KEY_UNIT[device] = unit
+    for name, cudnn in (("as it is", False), ("with cuDNN", True)):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        if cudnn:
+            torch.backends.cuda.enable_cudnn_sdp = lambda enabled: None  # `decode` would end it
         work = partial(sample.generate, model, prompts, set(), tokens)
         _, seconds = decoding.run_in_turns({name: work}, 3)
         per_token = [1000 * elapsed / tokens for elapsed, _ in seconds[name]]
@@ -416,8 +417,8 @@ def trl_part(bench: Bench) -> None:
 def decoding_part(bench: Bench) -> None:
     """Time steps of greedy decoding: three times each, of which the first meets new lengths.
 
-    If cuDNN plans its kernel for every length, "every length" is slow the first time, and the two
-    others are not.
+    `sample.decode` keeps cuDNN out. If that plans its kernel for every length, "with cuDNN" is slow
+    the first time.
     """
     prepared(bench, "llama3.2-1b", batch=1, steps=1)
     tokens, peer = 4 if bench.tiny else 128, bool(find_spec("transformers")) and not bench.tiny

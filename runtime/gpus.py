@@ -5,6 +5,7 @@ quote arithmetic with a sparsity that training does not have; the table holds de
 float32 sums, mostly half of it. Of a link, it holds one direction, which is half, too.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ Items = dict[str, float]  # item: bytes on one GPU, or seconds
 class Gpu:
     """Holds what one GPU can do at most."""
 
-    memory: float  # GB; the driver leaves 1 or 2 % less, in GiB
+    memory: float  # GB; the driver leaves 1 or 2 % less, in GiB, and 6 % less of GDDR with ECC
     tflops: float  # dense bf16
     bandwidth: float  # of memory, TB/s
     link: float  # to other GPUs of its machine, GB/s: NVLink or PCIe
@@ -35,16 +36,21 @@ GPUS = {
     "A100 PCIe": Gpu(80, 312, 1.935, 32, 32),
     "A100 PCIe 40": Gpu(40, 312, 1.555, 32, 32),
     "A800": Gpu(80, 312, 2.039, 200, 32),
+    "A800 40": Gpu(40, 312, 1.555, 200, 32),
+    "A800 PCIe": Gpu(80, 312, 1.935, 32, 32),
+    "A30": Gpu(24, 165, 0.933, 32, 32),
     "H100": Gpu(80, 989, 3.35, 450, 64),
     "H100 PCIe": Gpu(80, 756, 2.0, 64, 64),
     "H100 NVL": Gpu(94, 835, 3.9, 64, 64),
     "H800": Gpu(80, 989, 3.35, 200, 64),
+    "H800 PCIe": Gpu(80, 756, 2.0, 64, 64),
     "H20": Gpu(96, 148, 4.0, 450, 64),
     "H20 3e": Gpu(141, 148, 4.8, 450, 64),
     "H200": Gpu(141, 989, 4.8, 450, 64),
     "H200 NVL": Gpu(141, 835, 4.8, 450, 64),
     "GH200": Gpu(96, 989, 4.0, 450, 450),
-    "GH200 480": Gpu(96, 989, 4.0, 450, 450),  # with 480 GB on the host's side
+    "GH200 120": Gpu(96, 989, 4.0, 450, 450),  # with 120 GB on the host's side
+    "GH200 480": Gpu(96, 989, 4.0, 450, 450),
     "GH200 144": Gpu(144, 989, 4.9, 450, 450),
     "B200": Gpu(180, 2250, 7.7, 900, 64),
     "GB200": Gpu(186, 2500, 8.0, 900, 450),
@@ -111,6 +117,7 @@ class Machine:
     memory: float  # bytes of each
     peak: float | None  # FLOP/s of each, if known
     gpu: Gpu | None = None  # its data sheet, if known
+    host: float = math.inf  # bytes of the machine's own memory for each, if known
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from formats.tokenizer import Tokenizer, read_template
 from methods.objectives import OBJECTIVES
 from model import Config, Llama, flash_runs, flash_takes
 from runtime.processes import agree, broadcast, multiplies_bf16, on_every_rank, on_rank_0, print0
-from runtime.settings import Settings
+from runtime.settings import Settings, of_old_gpu
 from runtime.show import UNLIMITED, show_records
 from runtime.tokens import Key, Pairs, Tokenized, find, key_of
 
@@ -89,8 +89,7 @@ def warn_of_slow_attention(settings: Settings, config: Config, device: torch.dev
     """
     size, reason = config.head_dim, ""
     if device.type == "cuda" and not flash_runs(device):
-        name = torch.cuda.get_device_name(device)
-        reason = f"{name} is older than compute capability 8, so float32 is the default"
+        reason = of_old_gpu(torch.cuda.get_device_name(device))
     elif device.type == "cuda" and not flash_takes(size):
         reason = f"FlashAttention takes no heads of {size} features"
     if reason:

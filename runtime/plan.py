@@ -421,17 +421,18 @@ def machine_for(settings: Settings, options: PlanOptions) -> Machine:
     """
     # torchrun --nproc-per-node 8 train.py --plan: of 8
     asked = options.gpus or int(os.environ.get("WORLD_SIZE", 0))
-    gpu, gpus = None, asked or 1
+    gpu, gpus, host = None, asked or 1, math.inf
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if settings.device == "cpu" and options.gpu:
         raise InputError(f"--gpu {options.gpu}: --device cpu uses no GPU")
     if settings.device == "cpu":
         kind, name = "cpu", "CPU process"
-        memory_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus
+        memory_here = ram / gpus
     elif options.gpu is None and torch.cuda.is_available():
         kind, name = "cuda", torch.cuda.get_device_name()
         gpus = asked or torch.cuda.device_count()
         memory_here = torch.cuda.get_device_properties(0).total_memory
-        gpu = find_gpu(name)
+        gpu, host = find_gpu(name), ram / min(gpus, torch.cuda.device_count())
     else:
         kind, name = "cuda", options.gpu or "H100"
         if (gpu := find_gpu(name)) is None:
@@ -443,7 +444,7 @@ def machine_for(settings: Settings, options: PlanOptions) -> Machine:
     if gpu and options.gpu_tflops is not None:
         gpu = replace(gpu, tflops=options.gpu_tflops)
     tflops = gpu.tflops if gpu else options.gpu_tflops
-    return Machine(kind, name, gpus, memory_here, tflops and tflops * 1e12, gpu)
+    return Machine(kind, name, gpus, memory_here, tflops and tflops * 1e12, gpu, host)
 
 
 def first_steps(
@@ -477,6 +478,8 @@ def make_plan(settings: Settings, options: PlanOptions) -> Plan:
     machine = machine_for(settings, options)
     if machine.gpus % settings.replicate:
         raise InputError(f"--replicate {settings.replicate} does not divide --gpus {machine.gpus}")
+    if options.gpu and settings.dtype == "auto":  # not this machine's, which may be older
+        settings = replace(settings, dtype="bf16")
     settings = settings.resolved(machine.kind)
     config, folder = find_model(settings.model)
     pairs, count, origin = pairs_to_plan_with(settings, options.plan_tokens_per_pair, folder)
@@ -583,6 +586,9 @@ def print_plan(settings: Settings, options: PlanOptions) -> None:
     if plan.total > machine.memory:
         needed, there = (f"{size / GIB:.2f} GiB" for size in (plan.total, machine.memory))
         raise InputError(f"--plan: a {each(plan)} needs {needed} and has {there}")
+    if settings.offload and plan.on_host > machine.host:
+        there = f"this machine has {machine.host / GIB:.2f} GiB for each"
+        raise InputError(f"--plan: --offload needs {on_host(plan)} on the host, and {there}")
 
 
 def memory_lines(plan: Plan, settings: Settings) -> Iterable[str]:
@@ -637,6 +643,10 @@ def step_lines(plan: Plan, settings: Settings) -> Iterable[str]:
         if plan.times:
             *beside, last = (f"{name} {duration(t)}" for name, t in plan.times.items() if t)
             yield f"              the longest of {', '.join(beside)};\n{'':14}then {last}"
+        faster = [f"--flash {settings.flash}"] * (settings.flash != 2)
+        faster += ["--compile"] * settings.compile
+        if plan.times and faster:
+            yield f"              without what {' and '.join(faster)} would save"
         if plan.steps:
             yield f"              {plan.steps:,} steps in {duration(plan.steps * plan.seconds)}"
     else:

@@ -7,8 +7,10 @@ file that talks to other ranks must be called on all of them.
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from runtime.settings import Settings
 TIMEOUT = timedelta(minutes=30)
 FLASH_RUNS_ON = {3: (9,), 4: (9, 10)}  # version of FlashAttention → major compute capabilities
 AGREED = "raised on every rank"  # a note on an error
+# What CUDA, its libraries, NCCL and torch's allocator for CPUs say without an OutOfMemoryError.
+NO_MEMORY = re.compile("out of memory|ALLOC_FAILED|bad_alloc|can't allocate memory")
 
 # --------------------------------------------------------------------------------------------------
 # Joining
@@ -47,17 +51,20 @@ def start_ranks(settings: Settings) -> torch.device:
     if dist.is_initialized():
         use_flash(settings.flash, device)
         return device
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
     if kind == "cuda":
-        if ranks_here > (gpus := torch.cuda.device_count()):
+        if not (gpus := torch.cuda.device_count()):
+            raise DataError("--device cuda: no CUDA device available")
+        if ranks_here > gpus:
             raise DataError(f"{ranks_here} ranks for {gpus} GPUs: pass --nproc-per-node {gpus}")
         # Streams differ in length: segments that grow waste less memory than blocks of many sizes.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     else:
-        # oneDNN caches buffers for every shape it has seen, and our streams all differ in length.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+        # oneDNN keeps what it prepares for every shape, and our streams all differ in length. All
+        # blocks of one micro-batch see the same few hundred shapes; older ones do not come again.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
         keep_freed_memory()
     use_flash(settings.flash, device)  # starts CUDA, which reads the settings above only once
     if "RANK" in os.environ:
@@ -78,7 +85,9 @@ def start_ranks(settings: Settings) -> torch.device:
     with Progress(f"waiting for {world} ranks"):
         dist.init_process_group(backends, store=store, rank=rank, world_size=world, **options)
     ours = signals.LAUNCHER, os.getpid()
-    signals.peers[:] = [process for launcher, process in gather(ours) if launcher == ours[0]]
+    ranks = gather(ours)
+    signals.peers[:] = [process for launcher, process in ranks if launcher == ours[0]]
+    signals.rank_0 = ranks[0][1] if ranks[0][0] == ours[0] else 0
     return device
 
 
@@ -278,7 +287,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 def free_memory(device: torch.device) -> float:
     """Return the bytes that every rank may take: the smallest of what is free on their devices.
 
-    The ranks of a machine share its memory evenly on a CPU.
+    The ranks of a machine, or of a container with a limit, share its memory evenly on a CPU.
     """
     if device.type == "cuda":
         mine = float(torch.cuda.mem_get_info(device)[0])
@@ -287,6 +296,10 @@ def free_memory(device: torch.device) -> float:
         with contextlib.suppress(OSError), open("/proc/meminfo") as lines:  # no Linux
             fields = dict(line.split(":") for line in lines)
             mine = float(fields["MemAvailable"].split()[0]) * 1024
+        with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+            files = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+            limit, used = (int(file.read_text()) for file in files)
+            mine = min(mine, limit - used)
         mine /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(gather(mine))
 
@@ -305,5 +318,5 @@ def peak_resident(process: int | str = "self") -> int:
 def out_of_memory(error: BaseException) -> str:
     """Return in one line which allocation failed, on a GPU or a CPU; "" for any other error."""
     failed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    failed |= isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    failed |= isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
     return (str(error) or "out of memory").splitlines()[0] if failed else ""

@@ -6,7 +6,6 @@
     OUT/model/           the trained model, a Hugging Face folder; written last
     OUT/model.replaced/  with --overwrite: the model that was there, until the new one is
     OUT/tokens/          the pairs as token ids, for a restart, see `runtime/tokens.py`
-    OUT/failed           an error that would come again, for a torchrun that starts workers again
 
 `train.train` calls `open`, `start` and `steps`; in every step `log_step`, `evaluate_if_due` and
 `save_if_due`; at the end `finish`. All ranks call them. Rank 0 writes, but each rank writes its own
@@ -21,6 +20,7 @@ import platform
 import resource
 import shlex
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -57,6 +57,10 @@ from runtime.processes import (
 )
 from runtime.settings import AUTO, Settings
 
+# Where a worker leaves word of an error that would come again, for those that torchrun starts next.
+# A run that fails early has no folder yet.
+WORD = Path(tempfile.gettempdir()) / f"train-{signals.LAUNCHER}"
+
 Metrics = dict[str, float]
 
 
@@ -70,12 +74,13 @@ class Run:
 
         Raises:
             FileExistsError: see `check_output_folder`.
-            DataError: torchrun has restarted its workers after an error that would come again.
+            DataError: see `refuse_to_repeat`.
             SystemExit: the run was finished before torchrun restarted its workers.
         """
         self.settings, self.device = settings, device
         self.files = contextlib.ExitStack()  # closed, and OUT unlocked, however the run ends
         self.asked_to_resume = settings.resume
+        agree(refuse_to_repeat)
         starts = gather((signals.LAUNCHER, signals.RESTARTS))
         self.launcher = " ".join(sorted({launcher for launcher, _ in starts}))
         restarted = any(restarts for _, restarts in starts)
@@ -101,18 +106,20 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         """Unlock the output folder. Note on a KeyboardInterrupt what is saved.
 
-        Leave a note of an error that would come again in OUT, if OUT is this run's already. Lack of
-        memory does not come again if `--microbatch-tokens auto` can take half.
+        Leave word of an error that would come again to the workers that torchrun starts next. Lack
+        of memory does not come again if `--microbatch-tokens auto` can take half. A rank that fails
+        alone closes nothing, which could take long: it is going to leave at once.
         """
-        self.files.close()
-        if error and self.settings.out:
-            out = Path(self.settings.out)
-            if isinstance(error, KeyboardInterrupt):
-                error.add_note(what_is_saved(out))
-            elif self.begun and would_repeat(error):
-                with contextlib.suppress(OSError, CheckpointError):
-                    if not self._halve(out, error):
-                        (out / "failed").write_text(f"{error}", encoding="utf-8")
+        alone = isinstance(error, Exception) and AGREED not in getattr(error, "__notes__", [])
+        if not alone or dist.get_world_size() == 1:
+            self.files.close()
+        if isinstance(error, KeyboardInterrupt) and self.settings.out:
+            error.add_note(what_is_saved(Path(self.settings.out)))
+        elif error and would_repeat(error):
+            with contextlib.suppress(OSError, CheckpointError):
+                if not self._halve(error) and signals.RESTARTS < signals.MAX_RESTARTS:
+                    with open(WORD, "x", encoding="utf-8") as word:
+                        word.write(out_of_memory(error) or str(error))
 
     def open(self, inputs: Inputs, policy: Llama, optimizer: torch.optim.AdamW) -> None:
         """Lock the output folder until the run ends, and find what to resume from.
@@ -256,7 +263,7 @@ class Run:
 
     # -- parts of the above
 
-    def _halve(self, out: Path, error: BaseException) -> bool:
+    def _halve(self, error: BaseException) -> bool:
         """Let the next start take half of `--microbatch-tokens`, once; return True if it will.
 
         The rank without memory cannot ask the others: they wait for it, in the middle of a step, in
@@ -264,8 +271,9 @@ class Run:
         several ranks do, they write the same.
         """
         tokens = self.settings.microbatch_tokens
-        if not out_of_memory(error) or "microbatch_tokens" not in self.auto:
+        if not (self.begun and out_of_memory(error) and "microbatch_tokens" in self.auto):
             return False
+        out = self.out
         if self.too_many:
             less = "pass fewer, or what --plan says saves memory"
             error.add_note(f"half of --microbatch-tokens {self.too_many} is too much, too: {less}")
@@ -316,7 +324,6 @@ class Run:
             if (replaced := self.out / "model.replaced").exists():
                 remove(replaced)
             model.rename(replaced)
-        (self.out / "failed").unlink(missing_ok=True)
         self.metrics_file.truncate(0)
         self.metrics_file.write(self.rows)
         self.metrics_file.flush()  # the next checkpoint copies what is on disk
@@ -401,14 +408,27 @@ def open_output_folder(settings: Settings, files: contextlib.ExitStack) -> TextI
     return metrics
 
 
+def refuse_to_repeat() -> None:
+    """Do nothing, unless torchrun has restarted its workers after an error that would come again.
+
+    Raises:
+        DataError: that error.
+    """
+    error = ""
+    if signals.RESTARTS:
+        with contextlib.suppress(OSError):
+            error = WORD.read_text(encoding="utf-8")
+            if signals.RESTARTS >= signals.MAX_RESTARTS:  # nobody will come after us
+                WORD.unlink()
+    if error:
+        raise DataError(error)
+
+
 def continued_run(settings: Settings, launcher: str, restarted: bool) -> tuple[Path | None, bool]:
     """Return the folder of the run that this start continues whatever its flags say; is it done?
 
     A restarted worker continues the run of its own torchrun. The same command continues a run that
     began with `--resume PATH`, unless --overwrite takes it back to PATH. (None, False): neither.
-
-    Raises:
-        DataError: torchrun has restarted its workers after an error that would come again.
     """
     given = settings.out and Path(settings.out)
     for config in [given / "config.json"] if given else Path("runs").glob("*/config.json"):
@@ -417,8 +437,6 @@ def continued_run(settings: Settings, launcher: str, restarted: bool) -> tuple[P
             finished = (out / "model").exists()
             launchers = str(found.get("launcher")).split()
             ours = restarted and not {*launchers}.isdisjoint(launcher.split())
-            if ours and (out / "failed").exists():
-                raise DataError((out / "failed").read_text(encoding="utf-8"))
             if ours and (finished or resume.checkpoints(out) or not given):
                 return out, finished
             same = found.get("settings", {}).get("resume") == settings.resume
@@ -491,9 +509,13 @@ def open_writers(run: Run) -> list[Callable[[dict], object]]:
 
         folder, purge = str(run.out / "tensorboard"), run.state["step"] + 1
         board = run.files.enter_context(SummaryWriter(folder, purge_step=purge))
-        writers.append(
-            lambda row: [board.add_scalar(name, value, row["step"]) for name, value in row.items()]
-        )
+
+        def write(row: dict) -> None:
+            for name, value in row.items():
+                board.add_scalar(name, value, row["step"])
+            board.flush()  # a rank that fails alone does not close it
+
+        writers.append(write)
     if run.settings.wandb:
         import wandb
 
@@ -637,5 +659,8 @@ def print_error(program: str, error: BaseException) -> None:
         text, shared = f"{program}: error: {out_of_memory(error)}; {advice}", False
     else:
         text = f"{program}: error: {error}"
-    if is_rank_0() or not shared:
+    first = is_rank_0()
+    if not dist.is_initialized():  # a machine that lacks what the others have must say so itself
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first or not shared:
         print(text, file=sys.stderr)

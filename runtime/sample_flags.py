@@ -3,6 +3,7 @@
 runtime/settings.py parses it, as it does the settings of train.py.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from formats.benchmarks import BENCHMARKS, Benchmark
 from formats.candidates import SETTINGS
 from formats.errors import DataError
-from runtime.settings import ROOT, auto_dtype, is_date, option
+from runtime.settings import ROOT, auto_dtype, is_date, of_old_gpu, option
 
 TOY = ROOT / "toy" / "checkpoint"
 USAGE = "sample.py [--flag value ...]     (--help explains every flag)"
@@ -132,6 +133,8 @@ class Flags:
             self.device = "cuda" if cuda else "cpu"
         if self.dtype == "auto":
             self.dtype = auto_dtype(self.device)
+            if (self.device, self.dtype) == ("cuda", "fp32"):
+                print(f"warning: {of_old_gpu(torch.cuda.get_device_name())}", file=sys.stderr)
         return self.device, torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     @property

@@ -468,6 +468,11 @@ def auto_dtype(device: str) -> str:
     return "bf16" if device == "cuda" and not old else "fp32"
 
 
+def of_old_gpu(name: str) -> str:
+    """Say why `auto` is not bf16 on the GPU of this name."""
+    return f"{name} is older than compute capability 8, so float32 is the default"
+
+
 @dataclass
 class PlanOptions:
     """Holds what only `train.py --plan` uses."""

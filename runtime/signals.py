@@ -7,7 +7,8 @@ A thread therefore hears every signal, too, and ends the process if nothing is l
     START    the process leaves at once: nothing has been computed, and its files survive a kill
     STEPS    the run saves after the current step, on all ranks, see `Run.save_if_due`; but if a
              rank of this machine has died, that step never ends and the process leaves at once
-    SAVING   nothing happens: what is being saved is worth more than the time it takes
+    SAVING   nothing happens: what is being saved is worth more than the time it takes; but once
+             rank 0, which finishes every save, has died on this machine, the process leaves at once
 """
 
 import contextlib
@@ -23,6 +24,7 @@ RESUME_ME = 75  # exit status: stopped when told to, not finished (EX_TEMPFAIL o
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun started us
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+MAX_RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 START, STEPS, SAVING = range(3)
 
 # --------------------------------------------------------------------------------------------------
@@ -62,6 +64,7 @@ LAUNCHER = _name_launcher()
 # Listening
 
 peers: list[int] = []  # process ids of this machine's ranks, ours among them
+rank_0 = 0  # process id of rank 0, if it is one of them
 _received: list[int] = []
 _listening = False
 _phase = START
@@ -111,8 +114,10 @@ def _watch(bell: int, program: str) -> None:
                 with contextlib.suppress(OSError):
                     os.write(2, f"{program}: {text}\n".encode())
             leave(RESUME_ME)
-        if _phase == STEPS and _told() and not all(map(_lives, peers)):
-            leave(1)
+        if _phase != START and _told():
+            dead = {process for process in peers if not _lives(process)}
+            if rank_0 in dead or (_phase == STEPS and dead):
+                leave(1)
 
 
 def _lives(process: int) -> bool:

@@ -231,23 +231,20 @@ def test_compiled_blocks_around_attention_in_parts(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_few_key_lengths_in_decoding(monkeypatch):
-    """Every step attends to a multiple of 32 positions, and the answers stay the same."""
-    toy, lengths = checkpoint.load(test_train.TOY / "checkpoint"), set()
+def test_decoding_does_without_cudnn(monkeypatch):
+    """Rows end and keys grow: nearly every step has a new shape, for which cuDNN would plan."""
+    toy, shapes = checkpoint.load(test_train.TOY / "checkpoint"), set()
     original = sample.F.scaled_dot_product_attention
-    prompts = [[5, 6, 7], [8] * 40, [9, 10]]
-    expected = sample.generate(toy, prompts, set(), max_new_tokens=30)
 
     def spy(q, k, v, **options):
-        lengths.add(k.shape[2])
+        shapes.add(k.shape)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         return original(q, k, v, **options)
 
-    monkeypatch.setitem(sample.KEY_UNIT, "cpu", 32)
-    assert sample.generate(toy, prompts, set(), max_new_tokens=30) == expected
+    torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(sample.F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(sample.PackedAttention, "__call__", lambda *qkv: qkv[2])  # the prompts'
-    sample.generate(toy, prompts, set(), max_new_tokens=30)
-    assert lengths == {64, 70}
+    sample.generate(toy, [[5, 6, 7], [8] * 40, [9, 10]], set(), max_new_tokens=30)
+    assert len(shapes) > 20
 
 
 class OnDevice(torch.Tensor):
@@ -329,12 +326,21 @@ def test_groups_of_copies_are_as_patient(monkeypatch):
     assert set_to == {"rows": processes.TIMEOUT, "columns": processes.TIMEOUT}
 
 
-@pytest.mark.parametrize("ranks, gpus", [(2, 1), (8, 4), (1, 0)])
-def test_more_ranks_than_gpus(monkeypatch, ranks, gpus):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+@pytest.mark.parametrize(
+    "environment, gpus, said",
+    [
+        ({"LOCAL_WORLD_SIZE": "2"}, 1, "2 ranks for 1 GPUs: pass --nproc-per-node 1"),
+        ({"LOCAL_WORLD_SIZE": "8"}, 4, "8 ranks for 4 GPUs: pass --nproc-per-node 4"),
+        ({"LOCAL_RANK": "4"}, 4, "5 ranks for 4 GPUs"),  # another launcher than torchrun
+        ({}, 0, "--device cuda: no CUDA device available"),
+    ],
+)
+def test_more_ranks_than_gpus(monkeypatch, environment, gpus, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    with pytest.raises(DataError, match=f"{ranks} ranks for {gpus} GPUs: pass --nproc-per-node"):
+    with pytest.raises(DataError, match=said):
         processes.start_ranks(Settings(device="cuda"))
 
 
@@ -393,6 +399,16 @@ def test_a_rank_that_fails_waits_for_nobody(monkeypatch, capsys, world, error, d
     said = capsys.readouterr().err
     assert isinstance(error, (SystemExit, type(None))) or str(error) in said
     assert ("Traceback" in said) == isinstance(error, RuntimeError)
+
+
+@pytest.mark.parametrize("rank, local_rank, says", [(8, 0, True), (9, 1, False), (0, 0, True)])
+def test_every_machine_says_what_it_lacks(monkeypatch, capsys, rank, local_rank, says):
+    """Before the ranks have joined, an error may be of one machine alone, where rank 0 is not."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    run.print_error("train.py", DataError("8 ranks for 4 GPUs"))
+    assert bool(capsys.readouterr().err) == says
 
 
 # Two ranks.

@@ -8,16 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from test_train import ROOT, fails, few_pairs, run
 
 import train
 from formats.candidates import AnswerFile
-from formats.errors import DataError
 from formats.files import remove
 from runtime import resume, signals
+from runtime import run as runs
 from runtime.run import continued_run
 from runtime.settings import Settings, read_command
 
@@ -39,6 +42,37 @@ def status_of(*numbers: int, **options) -> int:
     """Return the exit status of PROGRAM after these signals; it imports no torch."""
     command = [sys.executable, "-c", PROGRAM, *map(str, numbers)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=20, **options).returncode
+
+
+# A rank that waits in C for another rank, or for a file, and is told to end.
+WAITING = """
+import ctypes, os, signal, subprocess, sys
+from runtime import signals
+gone = subprocess.Popen(["true"])
+gone.wait()
+signals.listen("train.py")
+phase, dead, publisher = sys.argv[1:]
+signals._phase = getattr(signals, phase)
+signals.peers[:] = [os.getpid(), gone.pid] if dead else [os.getpid()]
+signals.rank_0 = gone.pid if publisher else os.getpid()
+os.kill(os.getpid(), signal.SIGTERM)
+ctypes.CDLL(None).sleep(4)
+"""
+
+
+@pytest.mark.parametrize(
+    "phase, dead, publisher, leaves",
+    [
+        ("STEPS", "dead", "", True),  # the step never ends
+        ("STEPS", "", "", False),  # it ends, and the run is saved
+        ("SAVING", "dead", "", False),  # rank 0 may be at work
+        ("SAVING", "dead", "rank 0", True),
+    ],
+)
+def test_survivors_of_a_dead_rank_leave(phase, dead, publisher, leaves):
+    """A rank that is told to end does so at once if it waits for one of this machine that died."""
+    command = [sys.executable, "-c", WAITING, phase, dead, publisher]
+    assert subprocess.run(command, cwd=ROOT, timeout=20).returncode == int(leaves)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
@@ -186,9 +220,39 @@ def test_a_restart_goes_on_with_its_own_run(monkeypatch, tmp_path, flags):
     assert continued_run(settings, "theirs", restarted=True) == (None, False)
     (tmp_path / "model").mkdir()
     assert continued_run(settings, "ours", restarted=True) == (tmp_path, True)
-    (tmp_path / "failed").write_text("the loss is not a number")
-    with pytest.raises(DataError, match="not a number"):
-        continued_run(settings, "ours", restarted=True)
+
+
+def test_workers_leave_word_for_those_that_torchrun_starts_next(monkeypatch, tmp_path, capsys):
+    """Of an error before the first step, too; the next read nothing, and the last tidy up."""
+    monkeypatch.setattr(runs, "WORD", word := tmp_path / "word")
+    flags, error = few_pairs(tmp_path) | SHORT, torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", Mock(side_effect=error))
+        fails(monkeypatch, capsys, tmp_path / "run", 1, **flags)
+        assert not word.exists()  # nobody comes next
+        patch.setattr(signals, "MAX_RESTARTS", 2)
+        fails(monkeypatch, capsys, tmp_path / "run", 1, **flags)
+        assert word.read_text() == "CUDA out of memory" and not (tmp_path / "run").exists()
+        for restart in (1, 2):
+            patch.setattr(signals, "RESTARTS", restart)
+            patch.setattr(train, "open_inputs", Mock(side_effect=AssertionError))
+            assert "CUDA out of memory" in fails(monkeypatch, capsys, tmp_path, 1, **flags)
+            assert word.exists() == (restart == 1)
+    run(monkeypatch, tmp_path / "run", **flags)
+
+
+@pytest.mark.parametrize(
+    "error, closed",
+    [(None, True), (SystemExit(75), True), (KeyboardInterrupt(), True), (RuntimeError(), False)],
+)
+def test_a_rank_that_fails_alone_closes_nothing(monkeypatch, error, closed):
+    """Weights & Biases, say, would wait for its network while the other ranks wait for this one."""
+    monkeypatch.setattr(runs.dist, "get_world_size", lambda: 2)
+    unfinished = object.__new__(runs.Run)
+    unfinished.settings, unfinished.files = Settings(), ExitStack()
+    unfinished.files.callback(close := Mock())
+    unfinished.__exit__(type(error), error, None)
+    assert close.called == closed
 
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError, OSError])

@@ -1,6 +1,7 @@
 """Checks data sheets by the names of GPUs, and the planned work of a step against a count."""
 
 import dataclasses
+import os
 
 import count_ops
 import numpy as np
@@ -22,6 +23,11 @@ NAMES = {
     "NVIDIA GH200 480GB": 989,
     "NVIDIA GH200 144G HBM3e": 989,
     "NVIDIA H800": 989,
+    "NVIDIA H800 PCIe": 756,
+    "NVIDIA GH200 120GB": 989,
+    "NVIDIA A800 80GB PCIe": 312,
+    "NVIDIA A800-SXM4-40GB": 312,
+    "NVIDIA A30": 165,
     "NVIDIA H20": 148,
     "NVIDIA B200": 2250,
     "NVIDIA GB200": 2500,
@@ -42,6 +48,8 @@ NAMES = {
     # These hold the name of another GPU, or are a part or a variant of one.
     "NVIDIA RTX A1000": None,
     "NVIDIA A10G": None,
+    "NVIDIA H100 80GB HBM2e": None,
+    "NVIDIA A800 40GB Active": None,
     "NVIDIA A100X": None,
     "Quadro RTX 6000": None,
     "NVIDIA GB10": None,
@@ -153,3 +161,8 @@ def test_a_single_gpu_casts_and_copies(rounds):
 def test_the_roofline_of_the_docs_is_the_one_that_is_printed():
     table = "\n".join(count_ops.roofline(gpus.GPUS["H100"], "none"))
     assert table in (count_ops.ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_ordinary_tests_see_no_gpu():
+    """Not even those of this file, whose name begins like that of the file that needs one."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -3,6 +3,7 @@
 A rank that runs out of memory leaves; the same command, or torchrun, then takes half.
 """
 
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import workload
 from data import Pair
 from formats.checkpoint import load, read_config
 from model import Config
-from runtime import plan, processes, resume
+from runtime import plan, processes, resume, signals
 from runtime import run as runs
 from runtime.settings import Settings, read_command, read_settings
 
@@ -211,14 +212,47 @@ def exhaust(*_):
 def test_what_is_said_without_memory(monkeypatch, tmp_path, capsys):
     """The first time what the next start takes, the second time that half is too much, too."""
     flags, out = few_pairs(tmp_path) | AUTO, tmp_path / "run"
+    monkeypatch.setattr(runs, "WORD", word := tmp_path / "word")
+    monkeypatch.setattr(signals, "MAX_RESTARTS", 1)
     monkeypatch.setattr(train, "backward", exhaust)
     said = [fails(monkeypatch, capsys, out, 1, **flags) for _ in range(2)]
     most = config_of(out)["too_many_tokens"]
     assert f"--out {out} will take --microbatch-tokens {most // 2} instead of {most}" in said[0]
     assert f"half of --microbatch-tokens {most} is too much, too" in said[1]
-    assert (out / "failed").exists()
+    word.unlink()
     given = fails(monkeypatch, capsys, tmp_path / "given", 1, **flags | {"microbatch_tokens": 300})
-    assert "lower --microbatch-tokens" in given and (tmp_path / "given" / "failed").exists()
+    assert "lower --microbatch-tokens" in given and word.exists()
+
+
+@pytest.mark.parametrize(
+    "error, lacks",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),  # pinned memory of the host
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_lack_of_memory_has_many_names(error, lacks):
+    assert bool(processes.out_of_memory(error)) == lacks
+
+
+@pytest.mark.parametrize("limit, gib", [(str(3 * GIB), 2), ("max", 8), (None, 8)])
+def test_a_container_s_limit_counts(monkeypatch, tmp_path, limit, gib):
+    """Free on a CPU is what both the machine and the control group leave."""
+    (tmp_path / "memory.current").write_text(str(GIB))
+    if limit:
+        (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(processes, "Path", lambda path: tmp_path / Path(path).name)
+    machine = io.StringIO(f"MemTotal: 1 kB\nMemAvailable: {8 * GIB // 1024} kB\n")
+    monkeypatch.setattr(processes, "open", lambda path: machine, raising=False)
+    monkeypatch.setattr(processes, "gather", lambda thing: [thing])
+    assert processes.free_memory(torch.device("cpu")) == gib * GIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

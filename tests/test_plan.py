@@ -4,6 +4,7 @@ import doctest
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import plan_check
@@ -429,6 +430,41 @@ def test_a_plan_under_torchrun_is_that_of_its_ranks(rank, monkeypatch, capsys):
     model = "--model=meta-llama/Meta-Llama-3-8B-Instruct"
     plan.print_plan(*read_command([model, "--data=owner/pairs", "--plan", "--gpu=H100"]))
     assert capsys.readouterr().out.count("8 × H100 of 80 GiB") == (rank == 0)
+
+
+def test_a_machine_with_old_gpus_plans_for_others(monkeypatch, capsys, tmp_path):
+    """In bfloat16, which an H100 has; for its own GPUs in float32, with its own memory."""
+    t4 = SimpleNamespace(total_memory=16 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: t4)
+    monkeypatch.setattr(plan.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, 10 * GIB))
+    model = ["--model=meta-llama/Meta-Llama-3-8B-Instruct", "--data=owner/pairs", "--plan"]
+    planned = plan.make_plan(*read_command([*model, "--gpu=H100", "--gpus=8"]))
+    assert planned.settings.dtype == "bf16" and planned.seconds
+    here = plan.make_plan(*read_command(model))
+    assert here.settings.dtype == "fp32" and here.machine.host == 5 * GIB
+    with pytest.raises(InputError, match="--offload needs .* this machine has 5.00 GiB for each"):
+        plan.print_plan(*read_command([*model, "--offload", "--gpu-memory=80"]))
+    plan.print_plan(*read_command([*model, "--offload", "--gpu=H100"]))  # whose host may be larger
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--compile", "--flash=3"], "without what --flash 3 and --compile would save"),
+        (["--compile"], "without what --compile would save"),
+        (["--compile", "--mfu=0.5"], ""),
+        ([], ""),
+    ],
+)
+def test_what_the_time_leaves_out_is_said(capsys, flags, said):
+    model = ["--model=meta-llama/Meta-Llama-3-8B-Instruct", "--data=owner/pairs", "--plan"]
+    plan.print_plan(*read_command([*model, "--gpus=8", "--gpu=H100", *flags]))
+    printed = capsys.readouterr().out
+    assert said in printed and ("without what" in printed) == bool(said)
 
 
 def test_remedies_that_fit_come_first(capsys):
