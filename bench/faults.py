@@ -51,12 +51,19 @@ def start(
     """Start `torchrun train.py` on the toy, evaluated halfway. more: its last flags."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     launcher += ["--max-restarts=2", "--monitor-interval=0.1", "--standalone"]
-    command = [str(ROOT / "train.py"), f"--objective={objective}", *WAYS[objective]]
-    command += [f"--max-steps={STEPS}", "--save-every=1", "--eval-every=10", "--device=cpu"]
-    command += [f"--out={out}", f"--resume={resume}", *more]
+    command = [*launcher, str(ROOT / "train.py"), *flags_of(out, objective, resume, more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = {"stdout": log, "stderr": log, "env": environment, "cwd": out.parent}
-    return subprocess.Popen([*launcher, *command], **options, start_new_session=True)
+    return subprocess.Popen(command, **options, start_new_session=True)
+
+
+def flags_of(
+    out: Path, objective: str = "dpo", resume: str = "auto", more: Sequence[str] = ()
+) -> list[str]:
+    """Return the flags of train.py in a run that `start` starts."""
+    flags = [f"--objective={objective}", *WAYS[objective], f"--max-steps={STEPS}", "--device=cpu"]
+    flags += ["--save-every=1", "--eval-every=10", f"--out={out}", f"--resume={resume}"]
+    return [*flags, *more]
 
 
 def workers(launcher: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Train on two ranks, again and again, while torch is imported once; `test_memory.py` starts it.
+"""Train on two ranks, again and again, while torch is imported once; see `starts`.
 
     python tests/forked_ranks.py FILE
 
@@ -10,6 +10,7 @@ statuses of both ranks for every start, as JSON.
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,15 @@ import torch
 import torch._dynamo  # which FSDP would import in every fork
 
 import train
+
+
+def starts(flags_and_faults: list, folder: Path) -> None:
+    """Run this file, which trains for each [flags, fault]; check that a fault fails both ranks."""
+    (file := folder / "starts.json").write_text(json.dumps(flags_and_faults))
+    command, environment = [sys.executable, __file__, file], os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    expected = [[1, 1] if fault else [0, 0] for _, fault in flags_and_faults]
+    assert ran.stdout.strip() == json.dumps(expected), ran.stderr
 
 
 def exhaust(rank: int, place: str, call: int) -> None:

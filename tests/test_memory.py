@@ -5,7 +5,6 @@ A rank that runs out of memory leaves; the same command, or torchrun, then takes
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import forked_ranks
 import pytest
 import torch
-from test_train import MACHINE_METRICS, ROOT, arguments, fails, few_pairs, rows_of, run
+from test_train import MACHINE_METRICS, arguments, fails, few_pairs, rows_of, run
 
 import train
 import workload
@@ -191,11 +190,7 @@ def two_ranks(tmp_path_factory) -> Path:
     for name, (fault, more) in CASES.items():
         flags = arguments(folder / name, **common, **AUTO, **more)
         starts += [[flags, fault], [flags, None]]
-    (folder / "starts.json").write_text(json.dumps(starts))
-    command = [sys.executable, ROOT / "tests" / "forked_ranks.py", folder / "starts.json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert ran.stdout.strip() == json.dumps([[1, 1], [0, 0]] * len(CASES)), ran.stderr
+    forked_ranks.starts(starts, folder)
     return folder
 
 
