@@ -78,9 +78,11 @@ class Search:
     def fastest(self, start: Point, most_gib: float) -> Point | None:
         """Return the fastest point that takes at most `most_gib`; None if nothing fits or runs.
 
-        Going on from the result of a lower limit repeats no run.
+        No run is repeated: the search goes on from the fastest of earlier calls that fits, and only
+        the first begins at `start`.
         """
-        best = start
+        ran = [p for p, run in self.runs.items() if "pairs" in run and run["peak_gib"] <= most_gib]
+        best = max(ran, key=lambda point: self.runs[point]["pairs"], default=start)
         while not self.fits(best, None, most_gib):
             lower = [self.moved(best, axis, -1) for axis in range(len(best)) if best[axis]]
             if not lower:

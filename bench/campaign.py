@@ -563,6 +563,7 @@ def restart_cases(bench: Bench) -> Iterator[Case]:
     for name, error in errors.items():
 
         def broken(error=error) -> None:
+            signals.MAX_RESTARTS = 1
             raise error
 
         def before(out: Path, broken=broken) -> None:

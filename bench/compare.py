@@ -513,7 +513,8 @@ def best_of_each(
         )
     start = 0, sum(budget < flags.microbatch_tokens for budget in budgets[:-1])
     within = ours.fastest(start, trl.runs[trl_best]["peak_gib"])
-    anywhere = ours.fastest(within or start, flags.memory_cap)
+    anywhere = ours.fastest(start, flags.memory_cap)
+    within = ours.fastest(start, trl.runs[trl_best]["peak_gib"])  # with what is known by now
     points = dict.fromkeys(point for point in (within, anywhere) if point)
     contenders = [our_side(*ours.settings(point)) for point in points]
     contenders += [trl_side(*trl.settings(trl_best))]

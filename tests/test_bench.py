@@ -291,6 +291,14 @@ def test_nothing_runs_that_holds_more_than_what_did_not_fit():
     assert not {(3, 3), (2, 3), (1, 3), (0, 3)} & set(found.runs)
 
 
+def test_a_search_within_less_memory_learns_from_one_within_more():
+    """The way to Ac leads over Bc, which takes more than Ac does."""
+    found = search({"Ba": 1.0, "Aa": 0.8, "Ca": 0.9, "Bb": 0.9, "Bc": 1.4, "Ac": 1.6}, "ABC", "abc")
+    assert found.settings(found.fastest((1, 0), 2)) == ("B", "a")
+    assert found.settings(found.fastest((1, 0), 9)) == ("A", "c")
+    assert found.settings(found.fastest((1, 0), 2)) == ("A", "c")
+
+
 def test_a_side_that_does_not_run_is_no_best():
     missing = {"unavailable": "no such package", "peak_gib": 0.0}
     assert best.Search([[1, 2]], lambda *_: missing).fastest((0,), 9) is None
