@@ -88,6 +88,7 @@ SWITCHES = [
     ["--flash=4"],
 ]
 FAULTS = ("killed", "with an error", "without memory")
+GRACE = 35  # seconds for a process that is told to end
 
 
 class Failed(Exception):
@@ -205,7 +206,7 @@ def wait(pid: int, seconds: float) -> int:
 
     torchrun's workers have sessions of their own. Told to end, it kills them after 30 seconds.
     """
-    for patience, number in ((seconds, signal.SIGTERM), (35, signal.SIGKILL)):
+    for patience, number in ((seconds, signal.SIGTERM), (GRACE, signal.SIGKILL)):
         deadline = time.time() + patience
         while time.time() < deadline:
             done, status = os.waitpid(pid, os.WNOHANG)

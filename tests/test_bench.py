@@ -418,9 +418,10 @@ def test_every_part_for_a_gpu_runs_to_its_end(tmp_path):
 
 
 def test_a_measurement_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys):
-    """A script with another status, one that hangs, a part without time, and a part that raises."""
+    """A script with another status, a deaf one that hangs, no time left, and a part that raises."""
     script = tmp_path / "script.py"
-    script.write_text("import sys, time\ntime.sleep(float(sys.argv[1]))\nraise OSError('no disk')")
+    deaf = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    script.write_text(f"{deaf}time.sleep(float(sys.argv[1]))\nraise OSError('no disk')")
 
     def part(bench: gpu.Bench) -> None:
         bench.measure("status", lambda: {"said": bench.run(script, "0")})
@@ -431,6 +432,7 @@ def test_a_measurement_that_fails_leaves_the_others(monkeypatch, tmp_path, capsy
 
     monkeypatch.setitem(gpu.PARTS, "part", part)
     monkeypatch.setattr(gpu, "LIMIT", 4)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
     monkeypatch.setattr(gpu.Bench, "tool", lambda *_: {})
     with pytest.raises(ZeroDivisionError):
         gpu.one_part("part", tmp_path / "r", tiny=False)
