@@ -297,9 +297,10 @@ def free_memory(device: torch.device) -> float:
             fields = dict(line.split(":") for line in lines)
             mine = float(fields["MemAvailable"].split()[0]) * 1024
         with contextlib.suppress(OSError, ValueError):  # no container, or "max"
-            files = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-            limit, used = (int(file.read_text()) for file in files)
-            mine = min(mine, limit - used)
+            group = Path("/sys/fs/cgroup")
+            limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+            found = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            mine = min(mine, limit - used + int(found["inactive_file"]))  # files read, not in use
         mine /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(gather(mine))
 

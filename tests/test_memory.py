@@ -237,13 +237,14 @@ def test_lack_of_memory_has_many_names(error, lacks):
     assert bool(processes.out_of_memory(error)) == lacks
 
 
-@pytest.mark.parametrize("limit, gib", [(str(3 * GIB), 2), ("max", 8), (None, 8)])
+@pytest.mark.parametrize("limit, gib", [(str(3 * GIB), 2.5), ("max", 8), (None, 8)])
 def test_a_container_s_limit_counts(monkeypatch, tmp_path, limit, gib):
     """Free on a CPU is what both the machine and the control group leave."""
     (tmp_path / "memory.current").write_text(str(GIB))
+    (tmp_path / "memory.stat").write_text(f"active_file 7\ninactive_file {GIB // 2}\n")
     if limit:
         (tmp_path / "memory.max").write_text(limit)
-    monkeypatch.setattr(processes, "Path", lambda path: tmp_path / Path(path).name)
+    monkeypatch.setattr(processes, "Path", lambda path: tmp_path)
     machine = io.StringIO(f"MemTotal: 1 kB\nMemAvailable: {8 * GIB // 1024} kB\n")
     monkeypatch.setattr(processes, "open", lambda path: machine, raising=False)
     monkeypatch.setattr(processes, "gather", lambda thing: [thing])
