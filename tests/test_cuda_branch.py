@@ -360,6 +360,20 @@ def test_slow_attention_is_said(monkeypatch, capsys, able, size, said):
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("capability, dtype", [((7, 0), "fp32"), ((8, 6), "bf16")])
+def test_sampling_on_an_old_gpu_says_why_it_is_in_float32(monkeypatch, capsys, capability, dtype):
+    """On stderr, since stdout may be data; once it is asked for, fp32 needs no reason."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla V100")
+    flags = sample.Flags()
+    assert flags.resolve_auto()[0] == "cuda" and flags.dtype == dtype
+    printed = capsys.readouterr()
+    assert ("Tesla V100 is older" in printed.err) == (dtype == "fp32") and not printed.out
+    sample.Flags(dtype="fp32").resolve_auto()
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(
     "device, dtype, size, in_vain",
