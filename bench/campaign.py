@@ -104,15 +104,12 @@ def fork(argv: list[str], hook: Hook, log: Path, command: Any = train) -> int:
 
 def wait(process: int) -> int:
     """Return the exit status of a process; negative for a signal, 124 if it hangs."""
-    deadline = time.time() + PATIENCE
-    while time.time() < deadline:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return 124
+    status = faults.status_within(process, PATIENCE)
+    if status is None:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        return 124
+    return status
 
 
 def at(owner: Any, name: str, action: Hook, call: int = 1) -> Hook:

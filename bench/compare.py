@@ -512,9 +512,9 @@ def best_of_each(
             f"compare.py: TRL does not run in --memory-cap {flags.memory_cap:.2f} GiB:\n{tried[-1]}"
         )
     start = 0, sum(budget < flags.microbatch_tokens for budget in budgets[:-1])
-    within = ours.fastest(start, trl.runs[trl_best]["peak_gib"])
-    anywhere = ours.fastest(start, flags.memory_cap)
-    within = ours.fastest(start, trl.runs[trl_best]["peak_gib"])  # with what is known by now
+    theirs = trl.runs[trl_best]["peak_gib"]
+    limits = theirs, flags.memory_cap, theirs  # what a search within more memory finds may fit
+    _, anywhere, within = (ours.fastest(start, limit) for limit in limits)
     points = dict.fromkeys(point for point in (within, anywhere) if point)
     contenders = [our_side(*ours.settings(point)) for point in points]
     contenders += [trl_side(*trl.settings(trl_best))]

@@ -73,6 +73,17 @@ def workers(launcher: int) -> list[int]:
     return [int(pid) for pid in found]
 
 
+def status_within(process: int, seconds: float) -> int | None:
+    """Return the exit status of a child, negative for a signal; None if it takes longer."""
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
 def strike(run: subprocess.Popen, fault: str, rng: random.Random) -> None:
     """Send the signal of a fault to the launcher or to a random worker."""
     target, name = fault.split()

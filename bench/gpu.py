@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import decoding
+from faults import status_within
 
 import sample
 import train
@@ -207,12 +208,8 @@ def wait(pid: int, seconds: float) -> int:
     torchrun's workers have sessions of their own. Told to end, it kills them after 30 seconds.
     """
     for patience, number in ((seconds, signal.SIGTERM), (GRACE, signal.SIGKILL)):
-        deadline = time.time() + patience
-        while time.time() < deadline:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.005)
+        if (status := status_within(pid, patience)) is not None:
+            return status
         for end in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
                 end(pid, number)

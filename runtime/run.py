@@ -659,8 +659,7 @@ def print_error(program: str, error: BaseException) -> None:
         text, shared = f"{program}: error: {out_of_memory(error)}; {advice}", False
     else:
         text = f"{program}: error: {error}"
-    first = is_rank_0()
-    if not dist.is_initialized():  # a machine that lacks what the others have must say so itself
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
+    # Before the ranks have joined, a machine that lacks what the others have must say so itself.
+    first = is_rank_0() if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
     if first or not shared:
         print(text, file=sys.stderr)
